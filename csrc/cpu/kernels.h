@@ -1,0 +1,90 @@
+// The interface between the host code and the vector kernels.
+//
+// kernels.cpp is compiled once per instruction set, each time into a namespace of its own, and hands
+// out one table of function pointers. Nothing here includes a standard header with inline functions:
+// such a function compiled with wide instructions could be the copy that the linker keeps for all.
+//
+// A channels_last activation is a matrix of N*H*W rows and C columns, stored row by row. The kernels
+// see it as rows of `width` elements, a multiple of C (see tiling.h), so that a narrow C still fills
+// a vector; per-channel constants are tiled to `width`.
+#pragma once
+
+#include <cstdint>
+
+namespace resnet_fused::cpu {
+
+enum DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3, kDTypes = 4 };
+
+enum Shortcut : int { kNoShortcut = 0, kPlainShortcut = 1, kProjectionShortcut = 2 };
+
+// Operands of the batch norm kernels; a pointer that a kernel does not use is null.
+struct BnArgs {
+  const void* y = nullptr;         // raw convolution output
+  const void* grad = nullptr;      // gradient of act(z), or of z where it is already masked
+  const void* skip = nullptr;      // second gradient to add
+  const void* out = nullptr;       // stored output whose sign is the mask
+  const void* residual = nullptr;  // shortcut, or a projection's raw output
+  void* result = nullptr;          // the activation-sized tensor that is written
+  const void* constants = nullptr; // planes of `plane` per-column values, in opmath
+  int64_t plane = 0;               // width, rounded up to whole vectors
+  int64_t width = 0;
+  int shortcut = kNoShortcut;
+  bool relu = false;
+  bool training = true;            // batch statistics: y has a part in dy
+};
+
+// Planes of BnArgs::constants: the affine of y, then a second affine or the backward coefficients.
+enum Plane : int { kMean = 0, kScale = 1, kShift = 2, kSecond = 3, kPlanes = 6 };
+
+// Elements [begin, end) with begin a multiple of width; acc: planes of `plane` doubles, zeroed by the
+// caller: (mean - origin, M2, origin) for stats, (sum g, sum g*(y-mean) [, sum g*(residual-mean)]) for
+// reductions.
+using BnKernel = void (*)(const BnArgs&, int64_t begin, int64_t end, double* acc);
+
+struct PoolArgs {
+  const void* y = nullptr;
+  const void* grad = nullptr;      // gradient of the pool's output
+  void* result = nullptr;
+  const void* constants = nullptr; // planes kMean, kScale, kShift
+  int64_t plane = 0;
+  int64_t channels = 0;
+  int64_t in[2] = {0, 0};          // H, W
+  int64_t pooled[2] = {0, 0};      // P, Q
+  int64_t kernel[2] = {0, 0};
+  int64_t stride[2] = {0, 0};
+  int64_t padding[2] = {0, 0};
+  int64_t slots = 0;               // pooled rows whose arg-max is held at once
+  bool relu = false;
+};
+
+// Rows [begin, end) of the flattened (N, P) for the forward, (N, H) for the backward.
+using PoolKernel = void (*)(const PoolArgs&, int64_t begin, int64_t end);
+// indices: slots * Q * plane opmath-sized integers; held: slots row numbers, -1 where empty.
+using PoolBwdKernel =
+    void (*)(const PoolArgs&, int64_t begin, int64_t end, double* acc, void* indices, int64_t* held);
+
+struct Kernels {
+  const char* isa;
+  int64_t vector_bytes;
+  BnKernel stats[kDTypes];
+  BnKernel apply[kDTypes];
+  BnKernel bwd_reduce[kDTypes];
+  BnKernel join_bwd_reduce[kDTypes];
+  BnKernel bwd_apply[kDTypes];
+  PoolKernel pool_apply[kDTypes];
+  PoolBwdKernel pool_bwd[kDTypes];
+};
+
+namespace baseline {
+const Kernels& table();
+}
+#if defined(__x86_64__)
+namespace avx2 {
+const Kernels& table();
+}
+namespace avx512 {
+const Kernels& table();
+}
+#endif
+
+} // namespace resnet_fused::cpu

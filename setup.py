@@ -1,0 +1,196 @@
+"""Builds the CPU library of resnet_fused; `pyproject.toml` holds everything else.
+
+The library is C++ on the libtorch stable ABI: one build serves every CPython from 3.10 on and every
+torch from 2.11 on. Without a compiler or without torch the package installs as pure Python, and the
+reason is printed. Environment:
+
+    RESNET_FUSED_BUILD_CPU   auto (default): build if possible; 0: do not; 1: fail if it cannot be built
+    CXX, MAX_JOBS            the compiler; how many of them run at once (default: one per core)
+    DEBUG                    1: no optimisation, with debug information
+
+Quick rebuild in place: ``python setup.py build_ext --inplace``.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+CSRC = Path("csrc")
+KERNELS = CSRC / "cpu" / "kernels.cpp"
+OLDEST_TORCH = (2, 11)
+# The kernels are compiled once for each instruction set; the host code picks one at run time.
+X86_FLAGS = {
+    "baseline": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"],
+}
+# GCC 12 takes the undefined operands of its own AVX-512 intrinsics for a mistake of ours.
+WARNINGS = ["-Wall", "-Wextra", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+
+
+@dataclasses.dataclass
+class Config:
+    """What is built, and with what; ``refusal`` says why the CPU library is not built, if so."""
+
+    mode: str
+    compiler: list[str]
+    torch_version: str = "none"
+    torch_root: Path = Path()
+    refusal: str | None = None
+
+    @property
+    def isa_flags(self) -> dict[str, list[str]]:
+        """Instruction set -> compiler flags, for this machine's architecture."""
+        return X86_FLAGS if platform.machine().lower() in ("x86_64", "amd64") else {"baseline": []}
+
+    @property
+    def debug(self) -> bool:
+        """Whether DEBUG=1."""
+        return os.environ.get("DEBUG") == "1"
+
+    @property
+    def jobs(self) -> int:
+        """Compilers at once."""
+        return int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+
+    def compile_flags(self) -> list[str]:
+        """Flags of every source. Contraction is off: an FMA is only where it is written."""
+        major, minor = OLDEST_TORCH
+        optimise = ["-Og", "-g"] if self.debug else ["-O3"]
+        common = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", *optimise, *WARNINGS]
+        target = f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}{0:012x}"
+        return [*common, target, "-isystem", str(self.torch_root / "include")]
+
+    def link_flags(self) -> list[str]:
+        """Flags of the link step; torch is loaded before the library, so no run path is needed."""
+        shared = ["-dynamiclib", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
+        return [*shared, "-L", str(self.torch_root / "lib"), "-ltorch_cpu"]
+
+    def describe(self) -> str:
+        """The whole configuration, one item a line."""
+        library = f"not built: {self.refusal}" if self.refusal else "built"
+        rows = {
+            "CPU library": library,
+            "RESNET_FUSED_BUILD_CPU": self.mode,
+            "compiler": shlex.join(self.compiler) or "none",
+            "torch": f"{self.torch_version} (stable ABI of {'.'.join(map(str, OLDEST_TORCH))})",
+            "Python": f"{platform.python_version()} (abi3 of 3.10)",
+            "machine": f"{platform.system()} {platform.machine()}",
+            "instruction sets": ", ".join(self.isa_flags),
+            "DEBUG": "1" if self.debug else "0",
+            "MAX_JOBS": str(self.jobs),
+        }
+        if not self.refusal:
+            rows |= {"compile flags": shlex.join(self.compile_flags()), "link flags": shlex.join(self.link_flags())}
+        return "\n".join(["resnet_fused build configuration", *(f"  {key}: {value}" for key, value in rows.items())])
+
+
+def find_compiler() -> tuple[list[str], str | None]:
+    """The C++ compiler as an argument vector, and None or why it cannot be used."""
+    named = os.environ.get("CXX")
+    candidates = [named] if named else ["c++", "g++", "clang++"]
+    for candidate in candidates:
+        command = shlex.split(candidate)
+        if shutil.which(command[0]):
+            return command, None
+    source = f"CXX={named}" if named else " and ".join(candidates)
+    return [], f"no C++ compiler found ({source} not on the path)"
+
+
+def configure() -> Config:
+    """Read the environment and see what can be built; raises SystemExit when mode is 1 and it cannot be."""
+    mode = os.environ.get("RESNET_FUSED_BUILD_CPU", "auto")
+    if mode not in ("auto", "0", "1"):
+        raise SystemExit(f"setup.py: RESNET_FUSED_BUILD_CPU: expected auto, 0 or 1, got {mode}")
+    compiler, refusal = find_compiler()
+    config = Config(mode, compiler, refusal=refusal)
+    try:
+        import torch
+    except ImportError as error:
+        config.refusal = refusal or f"torch cannot be imported ({error}); install with --no-build-isolation"
+    else:
+        config.torch_version, config.torch_root = torch.__version__, Path(torch.__file__).parent
+        if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
+            config.refusal = refusal or f"torch {torch.__version__} is older than {'.'.join(map(str, OLDEST_TORCH))}"
+    if sys.platform == "win32":
+        config.refusal = "Windows is not supported"
+    if mode == "0":
+        config.refusal = "RESNET_FUSED_BUILD_CPU=0"
+    if mode == "1" and config.refusal:
+        raise SystemExit(f"setup.py: RESNET_FUSED_BUILD_CPU=1, but the CPU library cannot be built: {config.refusal}")
+    return config
+
+
+def run(command: list[str]) -> None:
+    """Run a compiler; raises CompileError with what it said."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise CompileError(f"{shlex.join(command)}\n{done.stdout}{done.stderr}")
+
+
+class BuildNative(build_ext):
+    """Compiles the sources in parallel, each with its own flags, and only those that changed."""
+
+    config: Config
+
+    def build_extension(self, ext: Extension) -> None:
+        """Build one library; raises CompileError, which only prints where the extension is optional."""
+        objects = Path(self.build_temp) / ext.name
+        objects.mkdir(parents=True, exist_ok=True)
+        jobs = [self._job(Path(source), "", [], objects) for source in ext.sources if Path(source) != KERNELS]
+        for isa, flags in self.config.isa_flags.items():
+            jobs.append(self._job(KERNELS, isa, [f"-DRESNET_FUSED_ISA={isa}", *flags], objects))
+        with concurrent.futures.ThreadPoolExecutor(self.config.jobs) as pool:
+            list(pool.map(self._compile, jobs))
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        run([*self.config.compiler, *(str(job[1]) for job in jobs), "-o", str(target), *self.config.link_flags()])
+
+    def _job(self, source: Path, suffix: str, flags: list[str], objects: Path) -> tuple[list[str], Path]:
+        target = objects / "_".join([*source.with_suffix("").parts, *filter(None, [suffix])])
+        target = target.with_suffix(".o")
+        command = [*self.config.compiler, *self.config.compile_flags(), *flags, "-c", str(source), "-o", str(target)]
+        return command, target
+
+    def _compile(self, job: tuple[list[str], Path]) -> None:
+        command, target = job
+        stamp = target.with_suffix(".command")
+        newest = max(path.stat().st_mtime for path in CSRC.rglob("*") if path.is_file())
+        fresh = target.exists() and target.stat().st_mtime > newest
+        if fresh and not self.force and stamp.exists() and stamp.read_text() == shlex.join(command):
+            return
+        run(command)
+        stamp.write_text(shlex.join(command))
+
+
+def main() -> None:
+    """Configure, say how, and hand over to setuptools."""
+    os.chdir(Path(__file__).resolve().parent)
+    config = configure()
+    print(config.describe(), flush=True)
+    BuildNative.config = config
+    extensions = []
+    if not config.refusal:
+        sources = sorted(str(path) for path in [*CSRC.glob("*.cpp"), *(CSRC / "cpu").glob("*.cpp")])
+        optional = config.mode != "1"
+        extensions.append(Extension("resnet_fused._cpu", sources, py_limited_api=True, optional=optional))
+    setup(
+        ext_modules=extensions,
+        cmdclass={"build_ext": BuildNative},
+        options={"bdist_wheel": {"py_limited_api": "cp310"}} if extensions else {},
+    )
+
+
+main()
