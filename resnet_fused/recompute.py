@@ -1,0 +1,144 @@
+"""The autograd node of the memory modes "lean" and "min": it rebuilds instead of keeping.
+
+Kept for backward, in units of a bottleneck's N * width * P * Q: "speed" x 4, y1 1, y2 1, y3 4;
+"lean" drops y3 (this node over the last site and the close); "min" keeps x alone
+(this node over the whole block). Eager keeps two more activations: 12.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .nodes import NodeCall, param_grads
+from .site import SiteParams, Source, close_backward, load_source, site_backward, site_conv, site_forward
+
+PARAMS = len(SiteParams._fields)
+
+
+class RecomputeFunction(torch.autograd.Function):
+    """Sites and close as one node that keeps no raw output: each ``y`` is rebuilt by its own convolution.
+
+    Its source is plain (a whole block, "min") or pending (the last site, "lean"). The moments are kept,
+    so statistics and running buffers move once.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        call: NodeCall,
+        src: Tensor,
+        src_moments: Tensor | None,
+        src_carrier: Tensor | None,
+        residual: Tensor | None,
+        residual_moments: Tensor | None,
+        residual_carrier: Tensor | None,
+        *params: Tensor | None,
+    ) -> Tensor:
+        groups = [SiteParams(*params[i : i + PARAMS]) for i in range(0, len(params), PARAMS)]  # type: ignore[arg-type]
+        source = Source(call.kind, src, src_moments, call.source_relu)
+        kept = []
+        for site, p in zip(call.sites, groups, strict=False):
+            y, moments, _ = site_forward(site, source, p)
+            kept.append(moments)
+            source = Source("pending", y, moments, site.relu)
+        outer_residual = residual if residual_moments is not None else None
+        ctx.outer = residual is not None
+        if call.projection is not None:
+            residual, residual_moments, _ = site_forward(call.projection, Source("plain", src), groups[-1])
+            kept.append(residual_moments)
+        elif residual is None and call.skip.kind != "none":
+            residual = src
+        engine = call.sites[0].engine
+        out = load_source(engine, Source("join", y, moments, call.relu, call.skip, residual, residual_moments))
+        ctx.call = call
+        ctx.save_for_backward(
+            src,
+            src_moments,
+            outer_residual,
+            None if call.projection is not None else residual_moments,
+            out if call.relu and call.skip.kind != "none" else None,
+            residual if call.skip.kind == "pad" else None,
+            *kept,
+            *(t for p in groups for t in p[:4]),
+        )
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
+        call: NodeCall = ctx.call
+        src, src_moments, residual, residual_moments, out, padded, *rest = ctx.saved_tensors
+        count = len(call.sites) + (call.projection is not None)
+        kept, flat = rest[:count], rest[count:]
+        groups = [tuple(flat[i : i + 4]) for i in range(0, len(flat), 4)]
+        needs = [ctx.needs_input_grad[7 + i * PARAMS : 7 + (i + 1) * PARAMS] for i in range(count)]
+        need_src = ctx.needs_input_grad[1]
+        engine = call.sites[0].engine
+
+        sources, ys = _rebuild(call, Source(call.kind, src, src_moments, call.source_relu), kept, groups)
+        if call.projection is not None:
+            residual, residual_moments = site_conv(call.projection, src, groups[-1][0]), kept[-1]
+        elif padded is not None:
+            residual = padded
+        dout = dout.contiguous(memory_format=torch.channels_last)
+        end = Source("join", ys[-1], kept[len(ys) - 1], call.relu, call.skip, residual, residual_moments)
+        grads = close_backward(engine, end, out, dout, None)
+        g: Any = grads.source
+        sums: Any = grads.source_sums
+        dskip: Any = grads.residual
+        residual_sums: Any = grads.residual_sums
+
+        own: list[tuple[Tensor | None, ...]] = []
+        if call.projection is not None:
+            branch = site_backward(
+                call.projection,
+                Source("plain", src),
+                src,
+                groups[-1][0],
+                residual,
+                residual_moments,
+                dskip,
+                residual_sums,
+                None,
+                (need_src, needs[-1][0]),
+            )
+            own.append(param_grads(call.projection, groups[-1], residual_sums, residual_moments[2], branch, needs[-1]))
+            dskip = branch.source
+        inner_skip = None if ctx.outer else dskip
+        for i in reversed(range(len(ys))):
+            first = i == 0
+            site, source = call.sites[i], sources[i]
+            step = site_backward(
+                site,
+                source,
+                src if source.kind == "plain" else None,
+                groups[i][0],
+                ys[i],
+                kept[i],
+                g,
+                sums,
+                inner_skip if first else None,
+                (need_src or not first, needs[i][0]),
+            )
+            own.append(param_grads(site, groups[i], sums, kept[i][2], step, needs[i]))
+            g, sums = step.source, step.source_sums
+        own_in_order = own[::-1] if call.projection is None else [*own[:0:-1], own[0]]
+        outer = (dskip, None, residual_sums) if ctx.outer else (None, None, None)
+        return (None, g, None, sums, *outer, *(t for grads_of in own_in_order for t in grads_of))
+
+
+def _rebuild(
+    call: NodeCall, source: Source, kept: list[Tensor], groups: list[tuple[Tensor, ...]]
+) -> tuple[list[Source], list[Tensor]]:
+    """The sources and raw outputs of a recomputed node's sites, made again as the forward made them."""
+    sources, ys = [], []
+    for site, moments, p in zip(call.sites, kept, groups, strict=False):
+        y = site_conv(site, load_source(site.engine, source), p[0])
+        sources.append(source)
+        ys.append(y)
+        source = Source("pending", y, moments, site.relu)
+    return sources, ys
