@@ -1,0 +1,210 @@
+"""Surgery: `fuse` swaps the classes of blocks, stages and known trunks in place; `unfuse` puts them back.
+
+A block is recognised by tracing its forward, and proven by a numeric probe on a deep copy before its
+class is swapped, unless its forward is torchvision's or ours, which the tests prove. Nothing else about
+the model changes: no module, parameter, buffer or key is added, removed or replaced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import sys
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+from torch import nn
+
+from . import eager, eager_blocks, engines
+from .modules import (
+    BINDING,
+    NOTICE,
+    STEM,
+    Binding,
+    Fused,
+    FusedBlock,
+    FusedStage,
+    FusedTrunk,
+    fused_class,
+    is_swapped,
+    stage_names,
+    structure_of,
+)
+from .probe import probe
+from .recognise import Refusal, find_chains
+from .spec import ChainSpec, PoolSpec, SiteSpec
+
+REFUSAL = "_resnet_fused_refusal"
+MEMORY_MODES = ("speed", "lean", "min")
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def fuse(model: Model, *, memory: str = "speed", engine: str | None = None) -> Model:
+    """Make every residual or conv-BN-ReLU block of ``model`` run fused; returns ``model`` itself.
+
+    Args:
+        model: any module; what is not a recognised block stays as it is, and `explain` says why.
+        memory: what is kept for backward: ``"speed"`` (raw convolution outputs and block inputs),
+            ``"lean"`` (the last 1x1 of a bottleneck is rebuilt in backward), ``"min"`` (block inputs).
+        engine: None picks by device; ``"cpu"`` or ``"reference"`` asks for one.
+
+    Raises:
+        TypeError: ``model`` is not an ``nn.Module``.
+        ValueError: unknown ``memory`` or ``engine``, an engine that cannot run here, or a model whose
+            parameters are already sharded by ``fully_shard`` (fuse first, then shard).
+
+    Equivalent to: the model as it was, in output, every gradient and every buffer, up to rounding.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"fuse: model: expected a torch.nn.Module, got {type(model).__name__}")
+    if memory not in MEMORY_MODES:
+        raise ValueError(f"fuse: memory: expected one of {MEMORY_MODES}, got {memory!r}")
+    engines.check_name(engine)
+    for module in model.modules():
+        if any(base.__name__ == "FSDPModule" for base in type(module).__mro__):
+            raise ValueError("fuse: model: already sharded by fully_shard; call fuse first, then fully_shard")
+    proven: dict[Any, str | None] = {}
+    for _, block, found in list(find_chains(model)):
+        block.__dict__.pop(REFUSAL, None)
+        if isinstance(found, Refusal):
+            continue
+        binding = Binding(found, memory, engine, structure_of(block))
+        reason = None if _known(block) else _prove(block, binding, proven)
+        if reason is None:
+            _swap(block, FusedBlock, binding)
+        else:
+            block.__dict__[REFUSAL] = reason
+    _fuse_runs(model, memory, engine)
+    return model
+
+
+def unfuse(model: Model) -> Model:
+    """Undo `fuse` exactly: stock classes, and nothing of ours left on any object; returns ``model``.
+
+    A subclass of our own modules keeps its class, there is no other, and runs as it was written.
+    """
+    for module in model.modules():
+        _restore(module)
+    return model
+
+
+@contextlib.contextmanager
+def fused(model: Model, *, memory: str = "speed", engine: str | None = None) -> Iterator[Model]:
+    """`fuse` for the duration of a ``with`` block; afterwards every object is as it was before."""
+    before = [
+        (m, type(m), {k: m.__dict__[k] for k in (BINDING, NOTICE, REFUSAL) if k in m.__dict__}) for m in model.modules()
+    ]
+    try:
+        yield fuse(model, memory=memory, engine=engine)
+    finally:
+        for module, cls, state in before:
+            _restore(module)
+            if type(module) is not cls:
+                module.__class__ = cls
+            module.__dict__.update(state)
+
+
+def _restore(module: nn.Module) -> None:
+    if isinstance(module, Fused) and is_swapped(module):
+        module.__class__ = _stock_class(module)
+    for key in (BINDING, NOTICE, REFUSAL):
+        module.__dict__.pop(key, None)
+
+
+def _swap(module: nn.Module, mixin: type, binding: Binding) -> None:
+    if not isinstance(module, mixin):
+        module.__class__ = fused_class(type(module), mixin)
+    module.__dict__[BINDING] = binding
+
+
+def _known_forwards() -> list[Any]:
+    known: list[Any] = [
+        eager_blocks.BasicBlock,
+        eager_blocks.Bottleneck,
+        eager_blocks.PlainBlock,
+        eager_blocks.ConvBNReLU,
+    ]
+    known.append(eager_blocks.Stem)
+    torchvision = sys.modules.get("torchvision.models.resnet")
+    if torchvision is not None:
+        known += [torchvision.BasicBlock, torchvision.Bottleneck]
+    return [cls.forward for cls in known]
+
+
+def _stock_class(module: nn.Module) -> Any:
+    return module.stock_class if isinstance(module, Fused) else type(module)
+
+
+def _known(block: nn.Module) -> bool:
+    """Whether the block's forward is one the tests of this package prove; matched by the function itself."""
+    forward = _stock_class(block).forward
+    return "forward" not in block.__dict__ and any(forward is known for known in _known_forwards())
+
+
+def _prove(block: nn.Module, binding: Binding, proven: dict[Any, str | None]) -> str | None:
+    """Probe a block, once for all blocks of one class, spec and geometry; the reason if it is not equal."""
+    geometry = tuple((type(m).__name__, m.extra_repr(), m.training) for m in block.modules() if not list(m.children()))
+    key = (_stock_class(block), binding, geometry)
+    if "forward" in block.__dict__:
+        return "its forward was replaced on the instance"
+    if key not in proven:
+        proven[key] = probe(block, lambda twin: _probe_twin(twin, binding), binding.spec)  # type: ignore[arg-type]
+    return proven[key]
+
+
+def _probe_twin(twin: nn.Module, binding: Binding) -> nn.Module:
+    _swap(twin, FusedBlock, binding._replace(structure=structure_of(twin)))
+    return twin
+
+
+def _fuse_runs(model: nn.Module, memory: str, engine: str | None) -> None:
+    """Swap stages (Sequentials with neighbouring fused blocks) and known trunks."""
+    for module in list(model.modules()):
+        if type(module) is nn.Sequential:
+            blocks = [isinstance(m, FusedBlock) for m in module]
+            if any(a and b for a, b in itertools.pairwise(blocks)):
+                _swap(module, FusedStage, Binding(None, memory, engine))
+        elif _is_trunk(module) and any(_holds_block(module, name) for name in stage_names(module)):
+            _swap(module, FusedTrunk, _stem_binding(module, memory, engine))
+
+
+def _holds_block(model: nn.Module, stage: str) -> bool:
+    return any(isinstance(m, FusedBlock) for m in getattr(model, stage).children())
+
+
+def _is_trunk(module: nn.Module) -> bool:
+    """Whether the model's forward is torchvision's ResNet's or ours; matched by the functions themselves."""
+    known = [eager.ResNet]
+    torchvision = sys.modules.get("torchvision.models.resnet")
+    if torchvision is not None:
+        known.append(torchvision.ResNet)
+    if isinstance(module, FusedTrunk) or {"forward", "_forward_impl"} & set(module.__dict__):
+        return isinstance(module, FusedTrunk)
+    cls: Any = type(module)
+    return any(
+        cls.forward is k.forward and cls._forward_impl is k._forward_impl for k in known if isinstance(module, k)
+    )
+
+
+def _stem_binding(model: nn.Module, memory: str, engine: str | None) -> Binding:
+    return Binding(_stem_spec(model), memory, engine, structure_of(model, STEM))
+
+
+def _stem_spec(model: Any) -> ChainSpec | None:
+    """The stem of a known trunk as a chain, or None where it is not one."""
+    conv, bn, relu, pool = (getattr(model, name) for name in STEM)
+    if type(conv) is not nn.Conv2d or not isinstance(bn, nn.BatchNorm2d) or conv.padding_mode != "zeros":
+        return None
+    if type(relu) not in (nn.ReLU, nn.Identity) or type(pool) not in (nn.MaxPool2d, nn.Identity):
+        return None
+    window: PoolSpec | None = None
+    if type(pool) is nn.MaxPool2d:
+        if pool.ceil_mode or pool.return_indices or _pair(pool.dilation) != (1, 1):
+            return None
+        window = PoolSpec(_pair(pool.kernel_size), _pair(pool.stride), _pair(pool.padding))
+    active = type(relu) is nn.ReLU
+    return ChainSpec((SiteSpec("conv1", "bn1", active),), relu=active, pool=window, inner=("relu", "maxpool"))
+
+
+def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[1])

@@ -1,0 +1,272 @@
+"""The classes that `fuse` swaps in: a block, a stage, a trunk.
+
+Only the class of an object changes. Its children are the user's own modules and are read at every call,
+so state dicts, optimizers, ``isinstance``, ``convert_sync_batchnorm`` and ``.to()`` go on working. Each
+class is made from the stock class it replaces and keeps its name; pickling and deepcopy go through the
+stock class (`__reduce_ex__`). What a fused forward cannot honour runs as it was written.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import warnings
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+import torch.fx
+from torch import Tensor, nn
+
+from .chain import Link, Run, child
+from .spec import ChainSpec
+
+BINDING = "_resnet_fused"
+NOTICE = "_resnet_fused_notice"
+
+
+# per container: its path, the name and class (None: no module) of its children, whether these are all
+Structure = tuple[tuple[str, tuple[tuple[str, "type | None"], ...], bool], ...]
+
+
+class Binding(NamedTuple):
+    """How one object is fused; lives in its ``__dict__`` and is pickled with it.
+
+    ``structure`` is what the spec was read from. It is compared at every call, so that a child that was
+    replaced, added or hooked later makes the block run as it was written.
+    """
+
+    spec: ChainSpec | None
+    memory: str = "speed"
+    engine: str | None = None
+    structure: Structure = ()
+
+
+def structure_of(block: nn.Module, names: tuple[str, ...] | None = None) -> Structure:
+    """The classes of all modules in a block, or of the direct children ``names`` alone."""
+    if names is not None:
+        return (("", tuple((name, _class(block._modules[name])) for name in names), False),)
+    return tuple(
+        (path, tuple((name, _class(m)) for name, m in container._modules.items()), True)
+        for path, container in block.named_modules()
+        if container._modules
+    )
+
+
+def _class(module: nn.Module | None) -> type | None:
+    return None if module is None else type(module)
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _global_hooks() -> bool:
+    shared = nn.modules.module
+    return bool(
+        shared._global_forward_hooks
+        or shared._global_forward_pre_hooks
+        or shared._global_backward_hooks
+        or shared._global_backward_pre_hooks
+    )
+
+
+def _bypassed(x: object) -> bool:
+    """Whether this call wants the plain ATen operators: export, tracing, or no tensor at all."""
+    if not isinstance(x, Tensor) or isinstance(x, torch.fx.Proxy):
+        return True
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
+def _runs_norm(module: nn.Module | None) -> bool:
+    """Whether the chain runs this module's batch norm."""
+    kind = type(module)
+    if kind.__name__ == "FrozenBatchNorm2d":
+        return kind.__module__ == "torchvision.ops.misc"
+    return kind is nn.BatchNorm2d
+
+
+def obstacle(block: nn.Module, binding: Binding) -> str | None:
+    """Why a fused block must run as it was written at this moment, or None."""
+    if binding.spec is None:
+        return "it has no chain"
+    norms = {site.bn for site in binding.spec.site_specs()}
+    for prefix, children, complete in binding.structure:
+        modules = (child(block, prefix) if prefix else block)._modules
+        if complete and len(modules) != len(children):
+            added = sorted(set(modules) ^ {name for name, _ in children})
+            return f"{', '.join(added)} was added or removed; call fuse again"
+        for name, kind in children:
+            module = modules.get(name)
+            path = f"{prefix}.{name}" if prefix else name
+            if path in norms:
+                if not _runs_norm(module):
+                    return f"{path} is a {type(module).__name__}, which the chain does not run"
+            elif _class(module) is not kind:
+                return f"{path} is now a {type(module).__name__}; call fuse again"
+            if module is not None and _hooked(module):
+                return f"hook on {path}"
+    return "global module hook" if _global_hooks() else None
+
+
+class Fused:
+    """Mixin of every fused class: names, pickling, and the way back to the stock class."""
+
+    stock_class: type[nn.Module]
+
+    def _get_name(self) -> str:
+        return f"Fused{type(self).__name__}"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced = super().__reduce_ex__(protocol)
+        if is_swapped(self) and reduced[0] is copyreg.__newobj__:  # type: ignore[attr-defined]
+            arguments = (self.stock_class, *reduced[1][1:])
+            return (_new_fused, (_mixin_name(type(self)), *arguments), *reduced[2:])
+        return reduced
+
+
+class FusedBlock(Fused):
+    """A block that runs as a chain."""
+
+    def as_link(self) -> Link | None:
+        """This block as a link of a longer chain, or None where it must be called instead."""
+        binding: Binding | None = self.__dict__.get(BINDING)
+        if binding is None or binding.spec is None or _hooked(self):  # type: ignore[arg-type]
+            return None
+        if type(self).forward is not FusedBlock.forward or "forward" in self.__dict__:
+            return None
+        if obstacle(self, binding) is not None:  # type: ignore[arg-type]
+            return None
+        return Link(self, binding.spec, binding.memory, binding.engine)  # type: ignore[arg-type]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The stock forward's result, by the chain where it can run and by the stock forward elsewhere."""
+        binding: Binding | None = self.__dict__.get(BINDING)
+        if (
+            binding is not None
+            and binding.spec is not None
+            and len(args) == 1
+            and not kwargs
+            and not _bypassed(args[0])
+        ):
+            reason = obstacle(self, binding)  # type: ignore[arg-type]
+            if reason is None:
+                run = Run(args[0])
+                link = Link(self, binding.spec, binding.memory, binding.engine)  # type: ignore[arg-type]
+                if run.takes(link):
+                    run.feed(link)
+                    return run.finish()
+            else:
+                _notice(self, reason)
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+
+class FusedStage(Fused):
+    """An ``nn.Sequential`` of blocks that runs as one chain."""
+
+    def forward(self, x: Any) -> Any:
+        """As ``nn.Sequential.forward``."""
+        if _bypassed(x):
+            return super().forward(x)  # type: ignore[misc]
+        return run_modules(self, x)  # type: ignore[arg-type]
+
+
+class FusedTrunk(Fused):
+    """A known residual network whose stem and stages run as one chain, up to the pooling."""
+
+    def _forward_impl(self, x: Any) -> Any:
+        binding: Binding | None = self.__dict__.get(BINDING)
+        if binding is None or _bypassed(x):
+            return super()._forward_impl(x)  # type: ignore[misc]
+        x = run_modules(self._trunk(binding), x)
+        x = self.avgpool(x)  # type: ignore[attr-defined]
+        x = torch.flatten(x, 1)
+        return self.fc(x)  # type: ignore[attr-defined]
+
+    def _trunk(self, binding: Binding) -> Iterable[nn.Module | Link]:
+        """The stem, as a link or as its modules, then the blocks of every stage that nobody watches."""
+        spec = binding.spec
+        if spec is not None and obstacle(self, binding) is None:  # type: ignore[arg-type]
+            yield Link(self, spec, binding.memory, binding.engine)  # type: ignore[arg-type]
+        else:
+            yield from (getattr(self, name) for name in STEM)
+        for name in stage_names(self):  # type: ignore[arg-type]
+            stage = getattr(self, name)
+            if isinstance(stage, FusedStage) and not _hooked(stage):  # type: ignore[arg-type]
+                yield from stage  # type: ignore[misc]
+            else:
+                yield stage
+
+
+STEM = ("conv1", "bn1", "relu", "maxpool")
+
+
+def stage_names(model: nn.Module) -> tuple[str, ...]:
+    """The names of a residual network's stages, torchvision's or our own."""
+    return getattr(model, "stages", ("layer1", "layer2", "layer3", "layer4"))
+
+
+def run_modules(modules: Iterable[nn.Module | Link], x: Tensor) -> Tensor:
+    """Run modules in order as one chain; those that are not fused blocks are called as they are."""
+    run = Run(x)
+    for module in modules:
+        if isinstance(module, Link):
+            link: Link | None = module
+        else:
+            link = module.as_link() if isinstance(module, FusedBlock) else None
+        if link is not None and run.takes(link):
+            run.feed(link)
+        elif isinstance(module, Link):
+            for name in STEM:
+                run.feed_module(getattr(module.block, name))
+        else:
+            run.feed_module(module)
+    return run.finish()
+
+
+def _notice(block: Any, reason: str) -> None:
+    """Say once per object and reason that a block runs as it was written; never while compiling."""
+    if torch.compiler.is_compiling() or block.__dict__.get(NOTICE) == reason:
+        return
+    block.__dict__[NOTICE] = reason
+    warnings.warn(f"resnet_fused: a {type(block).__name__} runs unfused: {reason}", UserWarning, stacklevel=3)
+
+
+_MIXINS: dict[str, type] = {"block": FusedBlock, "stage": FusedStage, "trunk": FusedTrunk}
+_CLASSES: dict[tuple[type, type], type] = {}
+
+
+def _mixin_name(cls: type) -> str:
+    return next(name for name, mixin in _MIXINS.items() if issubclass(cls, mixin))
+
+
+def fused_class(stock: type, mixin: type) -> type:
+    """The fused twin of a stock class; made once, with the stock class's name."""
+    key = (stock, mixin)
+    if key not in _CLASSES:
+        body = {
+            "__module__": stock.__module__,
+            "__qualname__": stock.__qualname__,
+            "__doc__": stock.__doc__,
+            "stock_class": stock,
+        }
+        _CLASSES[key] = type(stock)(stock.__name__, (mixin, stock), body)
+    return _CLASSES[key]
+
+
+def is_swapped(module: object) -> bool:
+    """Whether an object's class stands for a stock class; a user's subclass of a fused class does not."""
+    return isinstance(module, Fused) and type(module) in _CLASSES.values()
+
+
+def register_fused_class(cls: type) -> type:
+    """Class decorator: make a written-out fused class the twin of its ``stock_class``."""
+    mixin = _MIXINS[_mixin_name(cls)]
+    _CLASSES[(cls.stock_class, mixin)] = cls  # type: ignore[attr-defined]
+    return cls
+
+
+def _new_fused(mixin: str, stock: type, *args: Any) -> Any:
+    cls = fused_class(stock, _MIXINS[mixin])
+    return cls.__new__(cls, *args)
