@@ -81,7 +81,7 @@ void stats(const BnArgs& args, int64_t begin, int64_t end, double* acc) {
 template <class A, int shortcut, bool relu>
 struct ApplyBody : BodyBase {
   using V = Vec<Opmath<A>>;
-  const BnArgs& args;
+  const BnArgs args;  // by value: a reference would be read again after every store
   explicit ApplyBody(const BnArgs& a) : args(a) {}
 
   template <int G, class Lanes>
@@ -105,7 +105,7 @@ struct ApplyBody : BodyBase {
 template <class A, int shortcut, bool relu>
 void apply_as(const BnArgs& args, int64_t begin, int64_t end) {
   ApplyBody<A, shortcut, relu> body(args);
-  traverse<A, 4>(args.width, begin, end, body);
+  traverse<A, 1>(args.width, begin, end, body);
 }
 
 template <class A>
@@ -127,7 +127,7 @@ void apply(const BnArgs& args, int64_t begin, int64_t end, double*) {
 template <class A, bool relu, bool rebuild>
 struct BwdReduceBody : BodyBase {
   using V = Vec<Opmath<A>>;
-  const BnArgs& args;
+  const BnArgs args;  // by value: a reference would be read again after every store
   double* acc;
   BwdReduceBody(const BnArgs& a, double* sums) : args(a), acc(sums) {}
 
@@ -156,7 +156,7 @@ struct BwdReduceBody : BodyBase {
 template <class A, bool relu, bool rebuild>
 void bwd_reduce_as(const BnArgs& args, int64_t begin, int64_t end, double* acc) {
   BwdReduceBody<A, relu, rebuild> body(args, acc);
-  traverse<A, 8>(args.width, begin, end, body);
+  traverse<A, 4>(args.width, begin, end, body);
 }
 
 template <class A>
@@ -174,7 +174,7 @@ void bwd_reduce(const BnArgs& args, int64_t begin, int64_t end, double* acc) {
 template <class A, bool has_skip, bool has_out, bool has_residual>
 struct JoinBody : BodyBase {
   using V = Vec<Opmath<A>>;
-  const BnArgs& args;
+  const BnArgs args;  // by value: a reference would be read again after every store
   double* acc;
   JoinBody(const BnArgs& a, double* sums) : args(a), acc(sums) {}
 
@@ -206,7 +206,7 @@ struct JoinBody : BodyBase {
 template <class A, bool has_skip, bool has_out, bool has_residual>
 void join_as(const BnArgs& args, int64_t begin, int64_t end, double* acc) {
   JoinBody<A, has_skip, has_out, has_residual> body(args, acc);
-  traverse<A, 8>(args.width, begin, end, body);
+  traverse<A, 4>(args.width, begin, end, body);
 }
 
 template <class A>
@@ -223,7 +223,7 @@ void join_bwd_reduce(const BnArgs& args, int64_t begin, int64_t end, double* acc
 template <class A, bool relu, bool training>
 struct BwdApplyBody : BodyBase {
   using V = Vec<Opmath<A>>;
-  const BnArgs& args;
+  const BnArgs args;  // by value: a reference would be read again after every store
   explicit BwdApplyBody(const BnArgs& a) : args(a) {}
 
   template <int G, class Lanes>
@@ -248,7 +248,7 @@ struct BwdApplyBody : BodyBase {
 template <class A, bool relu, bool training>
 void bwd_apply_as(const BnArgs& args, int64_t begin, int64_t end) {
   BwdApplyBody<A, relu, training> body(args);
-  traverse<A, 4>(args.width, begin, end, body);
+  traverse<A, 1>(args.width, begin, end, body);
 }
 
 template <class A>

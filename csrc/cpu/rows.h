@@ -39,12 +39,6 @@ struct Affine {
   V z(V y) const { return fma(scale, centred(y), shift); }
 };
 
-// relu(z), or the gradient g of relu(z): zero where z <= 0, which a NaN is not.
-template <class V>
-inline V zero_where_not_positive(V z, V value) {
-  return z <= V{} ? V{} : value;
-}
-
 // acc += v, in double, lane by lane.
 inline void accumulate(double* acc, Floats v, AllLanes) {
   Doubles halves[2];
