@@ -126,9 +126,8 @@ class RecomputeFunction(torch.autograd.Function):
             )
             own.append(param_grads(site, groups[i], sums, kept[i][2], step, needs[i]))
             g, sums = step.source, step.source_sums
-        own_in_order = own[::-1] if call.projection is None else [*own[:0:-1], own[0]]
         outer = (dskip, None, residual_sums) if ctx.outer else (None, None, None)
-        return (None, g, None, sums, *outer, *(t for grads_of in own_in_order for t in grads_of))
+        return (None, g, None, sums, *outer, *(t for grads_of in reversed(own) for t in grads_of))
 
 
 def _rebuild(
