@@ -1,0 +1,56 @@
+"""Fused residual blocks for PyTorch: the same numbers, faster and in less memory.
+
+Nothing here touches a GPU or a compiler at import.
+"""
+
+from __future__ import annotations
+
+from .blocks import BasicBlock, Bottleneck, ConvBNReLU, PlainBlock, Stem
+from .checking import check
+from .explain import explain
+from .fuse import fuse, fused, unfuse
+from .resnet import (
+    cifar_resnet,
+    from_stages,
+    plain,
+    resnet,
+    resnet18,
+    resnet34,
+    resnet50,
+    resnet101,
+    resnet152,
+    resnext50_32x4d,
+    resnext101_32x8d,
+    resnext101_64x4d,
+    wide_resnet50_2,
+    wide_resnet101_2,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BasicBlock",
+    "Bottleneck",
+    "ConvBNReLU",
+    "PlainBlock",
+    "Stem",
+    "check",
+    "cifar_resnet",
+    "explain",
+    "from_stages",
+    "fuse",
+    "fused",
+    "plain",
+    "resnet",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "resnext50_32x4d",
+    "resnext101_32x8d",
+    "resnext101_64x4d",
+    "unfuse",
+    "wide_resnet50_2",
+    "wide_resnet101_2",
+]

@@ -1,0 +1,58 @@
+"""Everything that decides a run, as one record that checkpoints keep."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+from .errors import UserError
+
+Amp = Literal["off", "bf16", "fp16"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """A run's settings; a run is a function of them and of the data.
+
+    ``batch_size``, ``lr`` and ``iterations`` of 0 stand for the recipe's; ``epochs``, when not 0, wins over
+    ``iterations``. ``eval_every`` and ``checkpoint_every`` count iterations, 0 stands for a tenth of the run.
+    ``threads`` is the number of CPU threads, 0 torch's own choice. ``image_size``: pixels that images are
+    resized to, 0 the data's own.
+    """
+
+    model: str = "cifar-20"
+    data: str = "auto"
+    data_root: str = ""
+    recipe: str = "quick"
+    epochs: int = 0
+    iterations: int = 0
+    batch_size: int = 0
+    lr: float = 0.0
+    image_size: int = 0
+    compare: bool = False
+    yardstick: bool = False
+    amp: Amp = "off"
+    memory: str = "speed"
+    channels_last: bool = True
+    threads: int = 0
+    seed: int = 0
+    device: str = "cpu"
+    eval_every: int = 0
+    checkpoint_every: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types only, for checkpoints and JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
+        """The inverse of `to_dict`.
+
+        Raises:
+            UserError: ``values`` has other fields than a run of this version.
+        """
+        names = {field.name for field in dataclasses.fields(cls)}
+        if set(values) != names:
+            different = ", ".join(sorted(set(values) ^ names))
+            raise UserError(f"train: --resume: the checkpoint's settings do not fit this version (fields: {different})")
+        return cls(**values)
