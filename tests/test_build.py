@@ -1,0 +1,139 @@
+"""The build: pure Python without a compiler, an abi3 wheel with one, and a printed configuration."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import resnet_fused
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "csrc", "resnet_fused")
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+if not (ROOT / "setup.py").exists():
+    pytest.skip("needs a source checkout", allow_module_level=True)
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A copy of the sources without anything built."""
+    copy = tmp_path / "checkout"
+    copy.mkdir()
+    for name in SOURCES:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, copy / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+        elif source.exists():
+            shutil.copy(source, copy / name)
+    return copy
+
+
+def run(*command: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("RESNET_FUSED", "CXX", "PYTHONPATH"))}
+    return subprocess.run(command, cwd=cwd, env={**clean, **environment}, capture_output=True, text=True)
+
+
+def pip_install(checkout: Path, target: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    options = ("--no-build-isolation", "--no-deps", "--no-index", "--target", str(target), "-v")
+    return run(sys.executable, "-m", "pip", "install", *options, str(checkout), cwd=checkout, **environment)
+
+
+def test_without_a_compiler_the_package_installs_as_pure_python(checkout: Path, tmp_path: Path) -> None:
+    target = tmp_path / "site"
+    done = pip_install(checkout, target, CXX="/nonexistent/c++")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (
+        "CPU library: not built: no C++ compiler found (CXX=/nonexistent/c++ not on the path)"
+        in done.stdout + done.stderr
+    )
+    assert not list(target.rglob("*.so"))
+    code = (
+        "import resnet_fused, torch\n"
+        "from resnet_fused.engines import cpu\n"
+        "print(resnet_fused.__file__)\n"
+        "print(cpu.load())\n"
+        "try: cpu.bn_stats(torch.ones(1, 1, 1, 1))\n"
+        "except RuntimeError as error: print(error)\n"
+    )
+    used = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(target))
+    where, reason, error = used.stdout.splitlines()
+    assert where.startswith(str(target))
+    assert reason.startswith("the CPU library is not built")
+    assert error == f"resnet_fused.engines.cpu: {reason}"
+
+
+def test_a_compiler_that_fails_does_not_break_the_install(checkout: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken-c++"
+    broken.write_text("#!/bin/sh\necho this compiler is broken >&2\nexit 1\n")
+    broken.chmod(0o755)
+    arguments = (sys.executable, "setup.py", "build_ext", "--inplace")
+    done = run(*arguments, cwd=checkout, CXX=str(broken))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "this compiler is broken" in done.stdout + done.stderr
+    assert not list((checkout / "resnet_fused").glob("*.so"))
+    required = run(*arguments, cwd=checkout, CXX=str(broken), RESNET_FUSED_BUILD_CPU="1")
+    assert required.returncode != 0
+    assert "this compiler is broken" in required.stdout + required.stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"CXX": "/nonexistent/c++", "RESNET_FUSED_BUILD_CPU": "1"}, "cannot be built: no C++ compiler found"),
+        ({"RESNET_FUSED_BUILD_CPU": "yes"}, "RESNET_FUSED_BUILD_CPU: expected auto, 0 or 1, got yes"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(checkout: Path, environment: dict[str, str], message: str) -> None:
+    done = run(sys.executable, "setup.py", "--version", cwd=checkout, **environment)
+    assert done.returncode != 0
+    assert message in done.stderr
+
+
+def test_prints_its_whole_configuration(checkout: Path) -> None:
+    done = run(
+        sys.executable, "setup.py", "--version", cwd=checkout, MAX_JOBS="3", DEBUG="1", RESNET_FUSED_BUILD_CPU="0"
+    )
+    assert "CPU library: not built: RESNET_FUSED_BUILD_CPU=0" in done.stdout
+    assert "MAX_JOBS: 3" in done.stdout
+    assert "DEBUG: 1" in done.stdout
+    for item in ("compiler: ", "torch: ", "Python: ", "machine: ", "instruction sets: "):
+        assert re.search(f"^  {item}.+", done.stdout, re.MULTILINE)
+    assert done.stdout.splitlines()[-1] == resnet_fused.__version__
+
+
+@pytest.mark.full
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_wheel_is_abi3_and_works(checkout: Path, tmp_path: Path) -> None:
+    options = ("--no-build-isolation", "--no-deps", "--no-index", "--wheel-dir", str(tmp_path))
+    built = run(sys.executable, "-m", "pip", "wheel", *options, str(checkout), cwd=checkout, RESNET_FUSED_BUILD_CPU="1")
+    assert built.returncode == 0, built.stdout + built.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert "-cp310-abi3-" in wheel.name
+    site = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+        names = archive.namelist()
+    assert "resnet_fused/_cpu.abi3.so" in names
+    assert "resnet_fused/py.typed" in names
+    code = "from resnet_fused.engines import cpu; print(cpu.__file__, cpu.load(), cpu.isa())"
+    used = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(site))
+    assert used.stdout.startswith(f"{site}/resnet_fused/engines/cpu.py None "), used.stderr
+
+
+@pytest.mark.full
+def test_source_distribution_holds_the_sources(checkout: Path) -> None:
+    done = run(sys.executable, "setup.py", "sdist", "--formats=zip", cwd=checkout, RESNET_FUSED_BUILD_CPU="0")
+    assert done.returncode == 0, done.stderr
+    (archive,) = (checkout / "dist").glob("*.zip")
+    with zipfile.ZipFile(archive) as opened:
+        held = {name.partition("/")[2] for name in opened.namelist()}
+    assert {str(path.relative_to(checkout)) for path in (checkout / "csrc").rglob("*.*")} <= held

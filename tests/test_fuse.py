@@ -1,0 +1,338 @@
+"""Surgery: what `fuse` changes, what it must not change, and the exact way back."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import warnings
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import resnet_fused
+from resnet_fused import eager_blocks as eager
+from resnet_fused import explain, fuse, fused, unfuse
+from resnet_fused.modules import Fused, FusedBlock, FusedStage, FusedTrunk
+
+from .harness import hold_to_law, randomise, step
+
+X = torch.randn(2, 3, 33, 35, generator=torch.Generator().manual_seed(3))
+
+
+def _small() -> nn.Module:
+    torch.manual_seed(0)
+    return torchvision.models.resnet18(num_classes=5)
+
+
+def _snapshot(model: nn.Module) -> list[object]:
+    return [
+        (name, type(m), sorted(m.__dict__), [id(p) for p in m.parameters(recurse=False)], list(m._modules))
+        for name, m in model.named_modules()
+    ]
+
+
+def _same(got: dict[str, torch.Tensor], ref: dict[str, torch.Tensor]) -> None:
+    assert got.keys() == ref.keys()
+    for name in ref:
+        torch.testing.assert_close(got[name], ref[name], msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d"])
+def test_every_block_of_torchvision_is_fused(name: str) -> None:
+    model = fuse(getattr(torchvision.models, name)())
+    blocks = [
+        m
+        for m in model.modules()
+        if isinstance(m, (torchvision.models.resnet.BasicBlock, torchvision.models.resnet.Bottleneck))
+    ]
+    assert blocks and all(isinstance(b, FusedBlock) for b in blocks)
+    assert isinstance(model, FusedTrunk) and isinstance(model, torchvision.models.ResNet)
+    assert sum(isinstance(m, FusedStage) for m in model.modules()) == 4
+    records = explain(model).blocks
+    assert len(records) == len(blocks) + 1 and all(r.fused and r.reason and r.plan for r in records)
+
+
+def test_unfuse_is_exact() -> None:
+    model = _small()
+    before, state = _snapshot(model), copy.deepcopy(model.state_dict())
+    fuse(model)
+    assert [id(p) for p in model.parameters()] == [i for row in before for i in row[3]]  # type: ignore[index]
+    assert list(model.state_dict()) == list(state)
+    unfuse(model)
+    assert _snapshot(model) == before
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, state[key])
+
+
+def test_context_manager_restores_even_after_an_error() -> None:
+    model = _small()
+    before = _snapshot(model)
+    with pytest.raises(RuntimeError, match="mine"), fused(model) as inside:
+        assert inside is model and isinstance(model, FusedTrunk)
+        raise RuntimeError("mine")
+    assert _snapshot(model) == before
+    fuse(model.layer1, memory="lean")
+    partly = _snapshot(model)
+    with fused(model):
+        pass
+    assert _snapshot(model) == partly
+    assert "memory='lean'" in repr(model.layer1[0].__dict__["_resnet_fused"])
+
+
+def test_fuse_twice_changes_the_mode_only() -> None:
+    model = fuse(fuse(_small()), memory="min")
+    assert {r.plan.memory for r in explain(model).blocks if r.plan} == {"min"}
+    assert not any(isinstance(m, Fused) for m in unfuse(model).modules())
+
+
+@pytest.mark.parametrize("copier", ["deepcopy", "pickle", "torch.save"])
+def test_copies_stay_fused_and_equal(copier: str) -> None:
+    model = fuse(_small())
+    if copier == "deepcopy":
+        twin = copy.deepcopy(model)
+    elif copier == "pickle":
+        twin = pickle.loads(pickle.dumps(model))
+    else:
+        buffer = io.BytesIO()
+        torch.save(model, buffer)
+        buffer.seek(0)
+        twin = torch.load(buffer, weights_only=False)
+    assert [type(m) for m in twin.modules()] == [type(m) for m in model.modules()]
+    assert not {id(p) for p in twin.parameters()} & {id(p) for p in model.parameters()}
+    _same(step(twin, X), step(model, X))
+
+
+def test_state_dict_goes_both_ways() -> None:
+    stock, model = _small(), fuse(_small())
+    for source, target in ((stock, model), (model, stock)):
+        result = target.load_state_dict(source.state_dict(), strict=True)
+        assert not result.missing_keys and not result.unexpected_keys
+
+
+def test_optimizer_made_before_fuse_stays_valid() -> None:
+    model, twin = _small(), _small()
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9) for m in (model, twin)]
+    fuse(model)
+    for _ in range(2):
+        for m, optimizer in zip((model, twin), optimizers, strict=True):
+            optimizer.zero_grad()
+            m(X).square().mean().backward()
+            optimizer.step()
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_names_are_the_stock_ones() -> None:
+    model = fuse(_small())
+    assert str(type(model.layer1[0])) == str(torchvision.models.resnet.BasicBlock)
+    assert "FusedBasicBlock" in repr(model)
+    assert isinstance(model.layer1[0:1], nn.Sequential)
+
+
+def _hooked(model: nn.Module, where: str) -> list[str]:
+    calls: list[str] = []
+    model.get_submodule(where).register_forward_hook(lambda *_: calls.append(where))
+    return calls
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "conv1",
+        "maxpool",
+        "layer1.0.conv2",
+        "layer2.0.downsample.1",
+        "layer3.1.relu",
+        "layer2",
+        "layer2.1",
+        "layer4.0.downsample",
+    ],
+)
+def test_hooks_fire_as_often_as_in_the_stock_model(where: str) -> None:
+    stock, model = _small().double(), fuse(_small().double())
+    expected, calls = _hooked(stock, where), _hooked(model, where)
+    ref = step(stock, X.double())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        got = step(model, X.double())
+        model(X.double())
+    assert calls == expected * 2 and expected
+    notices = [w for w in caught if "hook on" in str(w.message)]
+    assert len(notices) == (1 if where.count(".") > 1 else 0)
+    _same(got, ref)
+
+
+def test_backward_hooks_on_inner_modules_fire() -> None:
+    model = fuse(_small())
+    seen: list[tuple[int, ...]] = []
+    model.layer1[0].conv1.register_full_backward_hook(lambda m, gi, go: seen.append(tuple(go[0].shape)))
+    with pytest.warns(UserWarning, match="hook on conv1"):
+        model(X).sum().backward()
+    assert seen == [(2, 64, 9, 9)]
+
+
+def test_a_replaced_child_is_never_ignored() -> None:
+    block = fuse(eager.BasicBlock(4, 4))
+    twin = copy.deepcopy(unfuse(copy.deepcopy(block)))
+    for b in (block, twin):
+        b.relu = nn.GELU()  # type: ignore[assignment]
+        b.conv2 = nn.Conv2d(4, 4, 5, padding=2)
+    x = torch.randn(2, 4, 6, 6)
+    twin.load_state_dict(block.state_dict())
+    with pytest.warns(UserWarning, match="relu is now a GELU; call fuse again"):
+        torch.testing.assert_close(block(x), twin(x))
+
+
+def test_a_shortcut_added_later_is_never_ignored() -> None:
+    block = fuse(eager.BasicBlock(4, 4))
+    block.downsample = nn.Conv2d(4, 4, 1)
+    with pytest.warns(UserWarning, match="downsample was added or removed; call fuse again"):
+        torch.testing.assert_close(block(torch.ones(2, 4, 6, 6)), unfuse(copy.deepcopy(block))(torch.ones(2, 4, 6, 6)))
+
+
+def test_a_subclass_with_its_own_forward_is_called() -> None:
+    class Scaled(resnet_fused.BasicBlock):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * 3.0
+
+    torch.manual_seed(0)
+    stage = fuse(nn.Sequential(resnet_fused.BasicBlock(4, 4), resnet_fused.BasicBlock(4, 4), Scaled(4, 4)))
+    assert isinstance(stage, FusedStage)
+    x = torch.randn(2, 4, 6, 6)
+    want = x
+    for block in copy.deepcopy(stage):
+        want = block(want)
+    torch.testing.assert_close(stage(x), want)
+    assert [type(m) for m in unfuse(stage)] == [eager.BasicBlock, eager.BasicBlock, Scaled]
+    torch.testing.assert_close(stage(x), want)
+
+
+def test_a_subclass_that_watches_its_forward_is_called_in_a_stage() -> None:
+    calls: list[int] = []
+
+    class Watched(resnet_fused.BasicBlock):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            calls.append(1)
+            return super().forward(x)
+
+    stage = fuse(nn.Sequential(resnet_fused.BasicBlock(4, 4), resnet_fused.BasicBlock(4, 4), Watched(4, 4)))
+    calls.clear()
+    stage(torch.randn(2, 4, 6, 6))
+    assert calls == [1]
+
+
+def test_sync_batch_norm_conversion_keeps_the_activation() -> None:
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(fuse(_small()))
+    assert isinstance(model.layer1[0].bn1, nn.SyncBatchNorm)
+    reasons = {r.reason for r in explain(model).blocks}
+    assert any("SyncBatchNorm" in reason for reason in reasons)
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+def test_frozen_batch_norm(freeze: bool) -> None:
+    norm = torchvision.ops.FrozenBatchNorm2d if freeze else nn.BatchNorm2d
+    block = randomise(eager.Bottleneck(16, 4, norm_layer=norm))
+    for module in block.modules():
+        if isinstance(module, torchvision.ops.FrozenBatchNorm2d):
+            module.running_var.uniform_(0.5, 1.5)
+            module.weight.uniform_(0.5, 1.5)
+            module.bias.normal_()
+    model = hold_to_law(block, torch.randn(2, 16, 9, 7), torch.float32)
+    assert explain(model).blocks[0].fused
+
+
+class Mine(nn.Module):
+    def __init__(self, wrong: bool = False) -> None:
+        super().__init__()
+        self.a, self.n = nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.wrong = wrong
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        z = self.n(self.a(x)) + x
+        return torch.sigmoid(z) if self.wrong else torch.relu(z)
+
+
+def test_a_user_block_is_fused_and_another_is_left_alone_with_a_reason() -> None:
+    model = fuse(nn.ModuleList([Mine(), Mine(wrong=True)]))
+    first, second = explain(model).blocks
+    assert first.fused and not second.fused
+    assert "sigmoid" in second.reason
+    hold_to_law(Mine(), torch.randn(2, 6, 7, 5), torch.float32)
+
+
+def test_a_probe_that_fails_leaves_the_block_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setattr(sys.modules["resnet_fused.fuse"], "probe", lambda *_: "output differs by 1")
+    model = fuse(Mine())
+    assert type(model) is Mine
+    assert explain(model).blocks[0].reason == "output differs by 1"
+    unfuse(model)
+    assert not [key for key in model.__dict__ if key.startswith("_resnet_fused")]
+
+
+def test_native_modules() -> None:
+    block = resnet_fused.Bottleneck(16, 4, memory="lean")
+    assert isinstance(block, eager.Bottleneck) and isinstance(block, FusedBlock)
+    record = explain(block).blocks[0]
+    assert record.fused and record.plan is not None and record.plan.memory == "lean"
+    clone = pickle.loads(pickle.dumps(block))
+    assert type(clone) is resnet_fused.Bottleneck
+    assert type(unfuse(clone)) is eager.Bottleneck
+    group_norm = resnet_fused.BasicBlock(4, 4, norm_layer=lambda c: nn.GroupNorm(2, c))
+    assert group_norm(torch.randn(1, 4, 5, 5)).shape == (1, 4, 5, 5)
+    assert not any(record.fused for record in explain(group_norm).blocks)
+
+
+def test_nothing_to_fuse() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+    assert fuse(model) is model
+    assert "no block found" in str(explain(model))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: fuse(3), TypeError, "fuse: model: expected a torch.nn.Module, got int"),
+        (lambda: fuse(nn.ReLU(), memory="tiny"), ValueError, "fuse: memory: expected one of"),
+        (lambda: fuse(nn.ReLU(), engine="tpu"), ValueError, "engine: expected one of"),
+        (lambda: explain("x"), TypeError, "explain: model: expected a torch.nn.Module, got str"),
+    ],
+)
+def test_bad_arguments(call, error: type[Exception], message: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(error, match=message):
+        call()
+
+
+BAD_INPUTS = {
+    "channels": torch.randn(2, 5, 8, 8),
+    "rank-3": torch.randn(4, 8, 8),
+    "rank-2": torch.randn(4, 8),
+    "integer": torch.ones(2, 4, 8, 8, dtype=torch.int64),
+    "half": torch.randn(2, 4, 8, 8).half(),
+    "meta": torch.empty(2, 4, 8, 8, device="meta"),
+    "one-value": torch.randn(1, 4, 1, 1),
+    "none": None,
+}
+
+
+@pytest.mark.parametrize("what", BAD_INPUTS)
+@pytest.mark.parametrize("memory", ["speed", "min"])
+def test_bad_input_raises_what_the_stock_block_raises(what: str, memory: str) -> None:
+    block = eager.BasicBlock(4, 4)
+    with pytest.raises(Exception) as stock:
+        copy.deepcopy(block)(BAD_INPUTS[what])
+    with pytest.raises(type(stock.value)) as ours:
+        fuse(copy.deepcopy(block), memory=memory)(BAD_INPUTS[what])
+    assert str(ours.value).splitlines()[0] == str(stock.value).splitlines()[0]
+
+
+def test_double_backward_is_a_clear_error() -> None:
+    block = fuse(eager.BasicBlock(4, 4))
+    x = torch.randn(2, 4, 5, 5, requires_grad=True)
+    (grad,) = torch.autograd.grad(block(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
