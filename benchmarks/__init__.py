@@ -1,0 +1,1 @@
+"""Timings of fused nets against eager PyTorch and `torch.compile`, taken in turns in one process."""
