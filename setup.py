@@ -13,7 +13,7 @@ Quick rebuild in place: ``python setup.py build_ext --inplace``.
 
 from __future__ import annotations
 
-import concurrent.futures
+import contextlib
 import dataclasses
 import os
 import platform
@@ -46,6 +46,7 @@ class Config:
 
     mode: str
     compiler: list[str]
+    ninja: str = ""
     torch_version: str = "none"
     torch_root: Path = Path()
     refusal: str | None = None
@@ -85,6 +86,7 @@ class Config:
             "CPU library": library,
             "RESNET_FUSED_BUILD_CPU": self.mode,
             "compiler": shlex.join(self.compiler) or "none",
+            "ninja": self.ninja or "none",
             "torch": f"{self.torch_version} (stable ABI of {'.'.join(map(str, OLDEST_TORCH))})",
             "Python": f"{platform.python_version()} (abi3 of 3.10)",
             "machine": f"{platform.system()} {platform.machine()}",
@@ -115,7 +117,10 @@ def configure() -> Config:
     if mode not in ("auto", "0", "1"):
         raise SystemExit(f"setup.py: RESNET_FUSED_BUILD_CPU: expected auto, 0 or 1, got {mode}")
     compiler, refusal = find_compiler()
-    config = Config(mode, compiler, refusal=refusal)
+    ninja = find_ninja()
+    if ninja is None:
+        refusal = refusal or "no ninja found (not on the path, and the Python package is not installed)"
+    config = Config(mode, compiler, ninja or "", refusal=refusal)
     try:
         import torch
     except ImportError as error:
@@ -133,46 +138,61 @@ def configure() -> Config:
     return config
 
 
-def run(command: list[str]) -> None:
-    """Run a compiler; raises CompileError with what it said."""
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise CompileError(f"{shlex.join(command)}\n{done.stdout}{done.stderr}")
+def find_ninja() -> str | None:
+    """The ninja on the path, or the one of the ``ninja`` package."""
+    found = shutil.which("ninja")
+    if found is None:
+        with contextlib.suppress(ImportError):
+            from ninja import BIN_DIR
+
+            found = shutil.which("ninja", path=BIN_DIR)
+    return found
 
 
 class BuildNative(build_ext):
-    """Compiles the sources in parallel, each with its own flags, and only those that changed."""
+    """Writes a build.ninja, in which each source has its own flags, and runs it."""
 
     config: Config
 
     def build_extension(self, ext: Extension) -> None:
         """Build one library; raises CompileError, which only prints where the extension is optional."""
-        objects = Path(self.build_temp) / ext.name
-        objects.mkdir(parents=True, exist_ok=True)
-        jobs = [self._job(Path(source), "", [], objects) for source in ext.sources if Path(source) != KERNELS]
-        for isa, flags in self.config.isa_flags.items():
-            jobs.append(self._job(KERNELS, isa, [f"-DRESNET_FUSED_ISA={isa}", *flags], objects))
-        with concurrent.futures.ThreadPoolExecutor(self.config.jobs) as pool:
-            list(pool.map(self._compile, jobs))
-        target = Path(self.get_ext_fullpath(ext.name))
+        folder = Path(self.build_temp).resolve() / ext.name
+        folder.mkdir(parents=True, exist_ok=True)
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
-        run([*self.config.compiler, *(str(job[1]) for job in jobs), "-o", str(target), *self.config.link_flags()])
+        rules = folder / "build.ninja"
+        rules.write_text(self._ninja_file(ext, folder, target), encoding="utf-8")
+        command = [self.config.ninja, "-f", str(rules), "-j", str(self.config.jobs)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise CompileError(f"{shlex.join(command)}\n{done.stdout}{done.stderr}")
 
-    def _job(self, source: Path, suffix: str, flags: list[str], objects: Path) -> tuple[list[str], Path]:
-        target = objects / "_".join([*source.with_suffix("").parts, *filter(None, [suffix])])
-        target = target.with_suffix(".o")
-        command = [*self.config.compiler, *self.config.compile_flags(), *flags, "-c", str(source), "-o", str(target)]
-        return command, target
+    def _ninja_file(self, ext: Extension, folder: Path, target: Path) -> str:
+        """The rules: one object for each source, of the kernels one for each instruction set; one link."""
+        jobs = [(Path(source), "", []) for source in ext.sources if Path(source) != KERNELS]
+        for isa, flags in self.config.isa_flags.items():
+            jobs.append((KERNELS, isa, [f"-DRESNET_FUSED_ISA={isa}", *flags]))
+        compiler = shlex.join(self.config.compiler)
+        lines = [
+            f"flags = {shlex.join(self.config.compile_flags())}",
+            "rule compile",
+            f"  command = {compiler} -MMD -MF $out.d $flags $own -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "rule link",
+            f"  command = {compiler} $in -o $out {shlex.join(self.config.link_flags())}",
+        ]
+        objects = []
+        for source, suffix, flags in jobs:
+            objects.append(str(folder / "_".join([*source.with_suffix("").parts, *filter(None, [suffix])])) + ".o")
+            lines += [f"build {_escape(objects[-1])}: compile {_escape(str(source.resolve()))}"]
+            lines += [f"  own = {shlex.join(flags)}"]
+        return "\n".join([*lines, f"build {_escape(str(target))}: link {' '.join(map(_escape, objects))}", ""])
 
-    def _compile(self, job: tuple[list[str], Path]) -> None:
-        command, target = job
-        stamp = target.with_suffix(".command")
-        newest = max(path.stat().st_mtime for path in CSRC.rglob("*") if path.is_file())
-        fresh = target.exists() and target.stat().st_mtime > newest
-        if fresh and not self.force and stamp.exists() and stamp.read_text() == shlex.join(command):
-            return
-        run(command)
-        stamp.write_text(shlex.join(command))
+
+def _escape(path: str) -> str:
+    """A path as ninja reads it."""
+    return path.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
 def main() -> None:

@@ -97,7 +97,9 @@ def install(folder: Path, torch: str) -> None:
             sys.exit("environment: torch could not be installed; use PYTHON=... with an interpreter that has it")
     # Satisfied requirements are not looked up, so this needs no network where they are there.
     if not pip(python, "install", "--quiet", *build_requirements()):
-        sys.exit(f"environment: {' '.join(build_requirements())} not there and could not be installed")
+        if not has(python, "setuptools"):
+            sys.exit("environment: setuptools is not there and could not be installed")
+        say(f"not all of {', '.join(build_requirements())} are there; the build says what is lost")
     if not pip(python, "install", "--quiet", "--no-build-isolation", "--no-deps", "--editable", "."):
         sys.exit("environment: the project could not be built; the reason is above")
     missing = [name for name in OPTIONAL if not has(python, name)]
@@ -109,7 +111,11 @@ def install_extras(python: Path, missing: list[str]) -> None:
     """Install the extras beside the torch that is there; say what is lost where that fails."""
     say(f"installing what is missing: {', '.join(missing)}")
     version = subprocess.run(
-        [python, "-c", "import torch; print(torch.__version__)"], capture_output=True, text=True, check=True
+        # the metadata's version, which is what pip compares: torch.__version__ may carry a local part
+        [python, "-c", "from importlib.metadata import version; print(version('torch'))"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as constraint:
         constraint.write(f"torch=={version.stdout.strip()}\n")
