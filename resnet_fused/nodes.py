@@ -57,27 +57,35 @@ class NodeCall(NamedTuple):
     relu: bool = True
 
 
-def param_grads(
+def site_gradients(
     call: SiteCall,
-    p: SiteParams | tuple[Tensor | None, ...],
+    source: Source,
+    x: Tensor | None,
+    params: tuple[Tensor | None, ...],
+    y: Tensor,
+    moments: Tensor,
+    g: Tensor,
     sums: Tensor,
-    scale: Tensor,
-    grads: SiteGrads,
+    dskip: Tensor | None,
+    need_source: bool,
     needs: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:
-    """Gradients of a site's `SiteParams`.
+) -> tuple[SiteGrads, tuple[Tensor | None, ...]]:
+    """`site_backward`, and the gradients of the site's `SiteParams`, of which ``params`` are the first four.
 
     A convolution bias before batch statistics has gradient exactly zero, but for a NaN or Inf on its way.
     """
-    _, bias, gamma, beta = p[:4]
+    weight, bias, gamma, beta = params
+    if weight is None:
+        raise ValueError("site_gradients: params: expected a convolution weight, got None")
+    grads = site_backward(call, source, x, weight, y, moments, g, sums, dskip, (need_source, needs[0]))
     dbias = dgamma = dbeta = None
     if needs[1] and bias is not None:
-        dbias = ((sums[0] + sums[1]) * 0 if call.training else scale * sums[0]).to(bias.dtype)
+        dbias = ((sums[0] + sums[1]) * 0 if call.training else moments[2] * sums[0]).to(bias.dtype)
     if needs[2] and gamma is not None:
         dgamma = sums[1].to(gamma.dtype, copy=True)
     if needs[3] and beta is not None:
         dbeta = sums[0].to(beta.dtype, copy=True)
-    return grads.weight, dbias, dgamma, dbeta, None, None, None
+    return grads, (grads.weight, dbias, dgamma, dbeta, None, None, None)
 
 
 class SiteFunction(torch.autograd.Function):
@@ -124,24 +132,15 @@ class SiteFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor, _: Tensor | None, sums: Tensor, dskip: Tensor | None = None) -> tuple[Any, ...]:
-        src, src_moments, x, residual, residual_moments, weight, bias, gamma, beta, y, moments = ctx.saved_tensors
+        src, src_moments, x, residual, residual_moments, *params, y, moments = ctx.saved_tensors
         call: NodeCall = ctx.call
-        site = call.sites[0]
         needs = ctx.needs_input_grad
         source = Source(call.kind, src, src_moments, call.source_relu, call.source_skip, residual, residual_moments)
-        grads = site_backward(
-            site,
-            source,
-            src if call.kind == "plain" else x,
-            weight,
-            y,
-            moments,
-            g,
-            sums,
-            dskip,
-            (needs[1] or needs[4], needs[7]),
+        x = src if call.kind == "plain" else x
+        need_source = needs[1] or needs[4]
+        grads, own = site_gradients(
+            call.sites[0], source, x, tuple(params), y, moments, g, sums, dskip, need_source, needs[7:]
         )
-        own = param_grads(site, (weight, bias, gamma, beta), sums, moments[2], grads, needs[7:])
         return None, grads.source, None, grads.source_sums, grads.residual, None, grads.residual_sums, *own
 
 

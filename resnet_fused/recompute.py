@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .nodes import NodeCall, param_grads
-from .site import SiteParams, Source, close_backward, load_source, site_backward, site_conv, site_forward
+from .nodes import NodeCall, site_gradients
+from .site import SiteParams, Source, close_backward, load_source, site_conv, site_forward
 
 PARAMS = len(SiteParams._fields)
 
@@ -94,37 +94,19 @@ class RecomputeFunction(torch.autograd.Function):
 
         own: list[tuple[Tensor | None, ...]] = []
         if call.projection is not None:
-            branch = site_backward(
-                call.projection,
-                Source("plain", src),
-                src,
-                groups[-1][0],
-                residual,
-                residual_moments,
-                dskip,
-                residual_sums,
-                None,
-                (need_src, needs[-1][0]),
-            )
-            own.append(param_grads(call.projection, groups[-1], residual_sums, residual_moments[2], branch, needs[-1]))
+            branch, last = site_gradients(
+                call.projection, Source("plain", src), src, groups[-1], residual, residual_moments,
+                dskip, residual_sums, None, need_src, needs[-1],
+            )  # fmt: skip
+            own.append(last)
             dskip = branch.source
-        inner_skip = None if ctx.outer else dskip
         for i in reversed(range(len(ys))):
-            first = i == 0
-            site, source = call.sites[i], sources[i]
-            step = site_backward(
-                site,
-                source,
-                src if source.kind == "plain" else None,
-                groups[i][0],
-                ys[i],
-                kept[i],
-                g,
-                sums,
-                inner_skip if first else None,
-                (need_src or not first, needs[i][0]),
+            x, skip = (src, None if ctx.outer else dskip) if sources[i].kind == "plain" else (None, None)
+            need = need_src or i > 0
+            step, last = site_gradients(
+                call.sites[i], sources[i], x, groups[i], ys[i], kept[i], g, sums, skip, need, needs[i]
             )
-            own.append(param_grads(site, groups[i], sums, kept[i][2], step, needs[i]))
+            own.append(last)
             g, sums = step.source, step.source_sums
         outer = (dskip, None, residual_sums) if ctx.outer else (None, None, None)
         return (None, g, None, sums, *outer, *(t for grads_of in reversed(own) for t in grads_of))
