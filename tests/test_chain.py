@@ -6,9 +6,9 @@ import copy
 
 import pytest
 import torch
-import torchvision
 from torch import nn
 
+import resnet_fused
 from resnet_fused import eager_blocks as eager
 from resnet_fused import fuse
 from resnet_fused.eager import ResNet, StemConfig
@@ -137,7 +137,7 @@ KEPT = [
 
 @pytest.mark.parametrize(("name", "mode", "low", "high"), KEPT)
 def test_bytes_kept_for_backward(name: str, mode: str, low: float, high: float) -> None:
-    model = getattr(torchvision.models, name)().to(memory_format=torch.channels_last)
+    model = getattr(resnet_fused, name)(fused=False).to(memory_format=torch.channels_last)
     if mode != "stock":
         fuse(model, memory=mode)
     batch = 4  # what does not grow with the batch, the per-channel vectors, is shared out over it
