@@ -174,6 +174,7 @@ class BuildNative(build_ext):
             jobs.append((KERNELS, isa, [f"-DRESNET_FUSED_ISA={isa}", *flags]))
         compiler = shlex.join(self.config.compiler)
         lines = [
+            f"builddir = {_escape(str(folder))}",
             f"flags = {shlex.join(self.config.compile_flags())}",
             "rule compile",
             f"  command = {compiler} -MMD -MF $out.d $flags $own -c $in -o $out",

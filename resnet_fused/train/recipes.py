@@ -48,7 +48,14 @@ class Recipe:
 
 RECIPES: dict[str, Recipe] = {
     "quick": Recipe("a few minutes to a few tens: cosine to zero", 128, 0.1, 2000, "cosine", warmup_iterations=100),
-    "demo": Recipe("what `make demo` runs", 128, 0.1, 300, "cosine", warmup_iterations=20),
+    "demo": Recipe(
+        "what `make demo` runs; a rate at which rounding is not amplified",
+        128,
+        0.03,
+        300,
+        "cosine",
+        warmup_iterations=20,
+    ),
     "he2015-cifar": Recipe("He et al. 2015, section 4.2", 128, 0.1, 64_000, milestones=(0.5, 0.75)),
     "he2015-cifar-110": Recipe(
         "the same for 110 layers: 0.01 until the training error is below 80%",
