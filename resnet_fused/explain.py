@@ -35,14 +35,14 @@ class BlockRecord:
     plan: BlockPlan | None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Explanation:
-    """The result of `explain`; ``str()`` of it is a table."""
+    """The result of `explain`; it prints as a table."""
 
     blocks: list[BlockRecord]
     engines: list[engines.EngineStatus]
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         done = sum(record.fused for record in self.blocks)
         lines = [f"{done}/{len(self.blocks)} blocks fused"]
         if not self.blocks:

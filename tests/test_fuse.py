@@ -296,6 +296,14 @@ def test_nothing_to_fuse() -> None:
     assert "no block found" in str(explain(model))
 
 
+def test_explain_prints_a_table() -> None:
+    model = fuse(nn.Sequential(eager.BasicBlock(4, 4), Mine(wrong=True)))
+    lines = repr(explain(model)).splitlines()
+    assert lines[0] == "1/2 blocks fused"
+    assert lines[2].split()[:3] == ["0", "BasicBlock", "cpu,"] or lines[2].split()[2] == "reference,"
+    assert "as written" in lines[3] and "sigmoid" in lines[3]
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
