@@ -154,8 +154,8 @@ def test_a_plain_site_keeps_its_input_and_its_raw_output_alone() -> None:
 
 @pytest.mark.parametrize("memory", MEMORY)
 def test_compiles_without_a_graph_break(memory: str) -> None:
-    model = fuse(_stage("bottleneck"), memory=memory)
-    x = torch.randn(2, 8, 9, 7)
+    model = fuse(_stage("bottleneck").double(), memory=memory)
+    x = torch.randn(2, 8, 9, 7, dtype=torch.float64)
     want = step(copy.deepcopy(model), x)
     torch._dynamo.reset()
     got = step(torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True), x)
