@@ -18,7 +18,6 @@ ROOT = Path(__file__).resolve().parent.parent
 # Module, and what is lost without it; torch and setuptools are not optional.
 OPTIONAL = {
     "pytest": "make test cannot run",
-    "hypothesis": "property tests are skipped",
     "torchvision": "Fashion-MNIST, image folders and comparisons with torchvision's models are off",
     "sklearn": "the digits data set is off",
     "matplotlib": "curves are not drawn",

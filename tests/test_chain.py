@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch import nn
 
 import resnet_fused
 from resnet_fused import eager_blocks as eager
-from resnet_fused import fuse
+from resnet_fused import engines, fuse, reference
 from resnet_fused.eager import ResNet, StemConfig
 from resnet_fused.modules import FusedStage
 from resnet_fused.train.memory import kept_for_backward
@@ -161,6 +163,35 @@ def test_compiles_without_a_graph_break(memory: str) -> None:
     got = step(torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True), x)
     for name, value in want.items():
         torch.testing.assert_close(got[f"_orig_mod.{name}" if name not in ("output", "input.grad") else name], value)
+
+
+# Reads and writes of the whole activation by each primitive, beside the convolutions' own.
+PASSES = {"bn_stats": (1, 0), "bn_apply": (1, 1), "bn_bwd_reduce_rebuild": (2, 1), "bn_bwd_apply": (2, 1)}
+
+
+def test_passes_over_the_activation_per_inner_site(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def counted(name: str) -> object:
+        return lambda *a: (calls.append(name), getattr(reference, name)(*a))[1]
+
+    primitives = [n for n in vars(reference) if n.startswith(("bn_", "conv_", "join_"))]
+    engine = SimpleNamespace(**{n: counted(n) for n in primitives})
+    monkeypatch.setitem(engines._ENGINES, "reference", engine)
+    sites = {}
+    for blocks in (1, 2):  # two more inner sites: the difference is theirs alone
+        stage = fuse(nn.Sequential(*(eager.PlainBlock(8, 8) for _ in range(blocks + 1))), engine="reference")
+        calls.clear()
+        out = stage(torch.randn(2, 8, 5, 5, requires_grad=True))
+        forward = list(calls)
+        calls.clear()
+        out.sum().backward()
+        sites[blocks] = [Counter(c for c in part if c in PASSES) for part in (forward, calls)]
+        assert not {c for c in (*forward, *calls) if c.startswith("join")}
+    moved = []
+    for one, two in zip(*sites.values(), strict=True):
+        moved.append(tuple(sum(PASSES[n][i] * count for n, count in (two - one).items()) / 2 for i in (0, 1)))
+    assert moved == [(2, 1), (4, 2)]
 
 
 def test_inference_keeps_nothing_and_equals_training_off() -> None:
