@@ -1,0 +1,99 @@
+"""Starting a kernel: the one door through which every launch of this package goes.
+
+    launch(kernel, grid, moved, {"x_ptr": x, ...}, tile)
+
+The launcher says which bytes the kernel moves (`Moved`), each tensor once, as an unbounded cache would
+see it. Under `recording` the launches are noted, and started only if asked: so a whole training step on
+meta tensors is counted, kernel by kernel, without a device and in seconds. What is counted this way is
+held against the interpreter's own count in the tests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+Tensors = Sequence["Tensor | None"]
+KINDS = ("activations", "weights", "partials")
+
+
+@dataclasses.dataclass(frozen=True)
+class Moved:
+    """The tensors a kernel reads and writes, by kind; a view stands for the part that is touched.
+
+    ``activations``: of the size of a convolution's input or output. ``weights``: filters and their gradients.
+    ``partials``: split-K partials, tile statistics and per-channel vectors. Each is ``(read, written)``.
+    """
+
+    activations: tuple[Tensors, Tensors] = ((), ())
+    weights: tuple[Tensors, Tensors] = ((), ())
+    partials: tuple[Tensors, Tensors] = ((), ())
+
+
+@dataclasses.dataclass(frozen=True)
+class LaunchRecord:
+    """One launch: the kernel's name, its compile-time arguments, and bytes ``(read, written)`` by kind."""
+
+    kernel: str
+    config: Mapping[str, Any]
+    bytes: Mapping[str, tuple[int, int]]
+
+
+@dataclasses.dataclass
+class _Recording:
+    run: bool
+    records: list[LaunchRecord]
+
+
+_recording: _Recording | None = None
+
+
+@contextlib.contextmanager
+def recording(run: bool = True) -> Iterator[list[LaunchRecord]]:
+    """Note every launch in the block.
+
+    Args:
+        run: False only notes them; tensors may then be on the meta device.
+
+    Yields:
+        A list that gains one `LaunchRecord` per launch.
+    """
+    global _recording
+    previous, _recording = _recording, _Recording(run, [])
+    try:
+        yield _recording.records
+    finally:
+        _recording = previous
+
+
+def is_counting() -> bool:
+    """Whether launches are noted and not started: any device will then do."""
+    return _recording is not None and not _recording.run
+
+
+def nbytes(tensors: Tensors) -> int:
+    """Bytes of the elements of ``tensors``, each view's own."""
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], moved: Moved, arguments: Mapping[str, Any], config: Mapping[str, Any]
+) -> None:
+    """Start ``kernel`` on ``grid`` on the current stream; an empty grid starts nothing.
+
+    Args:
+        moved: what it reads and writes.  arguments: its run-time arguments by name.
+        config: its compile-time arguments and Triton's options (``num_warps``, ``num_stages``).
+    """
+    if 0 in grid:
+        return
+    if _recording is not None:
+        counted = {kind: tuple(nbytes(side) for side in getattr(moved, kind)) for kind in KINDS}
+        _recording.records.append(LaunchRecord(kernel.fn.__name__, dict(config), counted))  # type: ignore[arg-type]
+        if not _recording.run:
+            return
+    kernel[grid](**arguments, **config)
