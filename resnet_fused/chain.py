@@ -8,73 +8,17 @@ Inside a run memory is channels_last; the layout the caller would have got is re
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import torch
 from torch import Tensor, nn
 
 from . import engines
+from .calls import SiteCall, SiteParams, Skip, handed
+from .infer import infer_link, infers
+from .links import Link, bind, child, conv_padding, plain_projection
 from .nodes import CloseFunction, NodeCall, Pending, PoolFunction, SiteFunction
 from .recompute import RecomputeFunction
-from .site import SiteCall, SiteParams, Skip
-from .spec import ChainSpec, SiteSpec
 
 _POINTWISE = (1, 1)
-
-
-class Link(NamedTuple):
-    """A block in a run: its module, its spec, how much it keeps for backward, and the engine asked for."""
-
-    block: nn.Module
-    spec: ChainSpec
-    memory: str = "speed"
-    engine: str | None = None
-
-
-def child(module: nn.Module, path: str) -> Any:
-    """The submodule at ``path``, as `nn.Module.get_submodule` but without its checks and its type."""
-    for name in path.split("."):
-        module = getattr(module, name)
-    return module
-
-
-def _conv_padding(conv: nn.Conv2d) -> tuple[int, int]:
-    if conv.padding == "valid":
-        return (0, 0)
-    if conv.padding == "same":
-        return tuple(d * (k - 1) // 2 for d, k in zip(conv.dilation, conv.kernel_size, strict=True))  # type: ignore[return-value]
-    return conv.padding  # type: ignore[return-value]
-
-
-def _bind(block: nn.Module, site: SiteSpec, engine: str) -> tuple[SiteCall, SiteParams]:
-    """A site's static call and its tensors, read from the block's own modules at this moment."""
-    conv = child(block, site.conv)
-    bn = child(block, site.bn or "")
-    tracked = bn.running_mean is not None
-    batch_norm = isinstance(bn, nn.modules.batchnorm._BatchNorm)
-    training = batch_norm and (bn.training or not tracked)
-    moving = not training or (bn.training and bn.track_running_stats and tracked)
-    call = SiteCall(
-        engine,
-        conv.stride,
-        _conv_padding(conv),
-        conv.dilation,
-        conv.groups,
-        site.relu,
-        training,
-        bn.momentum if batch_norm else 0.0,
-        bn.eps,
-    )
-    params = SiteParams(
-        conv.weight,
-        conv.bias,
-        bn.weight,
-        bn.bias,
-        bn.running_mean if moving else None,
-        bn.running_var if moving else None,
-        bn.num_batches_tracked if training and moving else None,
-    )
-    return call, params
 
 
 def _apply_site(
@@ -92,7 +36,7 @@ def _apply_site(
     y, moments, carrier, *rest = SiteFunction.apply(node, *tensors, *params)
     x = rest[0] if rest else None
     if isinstance(state, Tensor) and not state.requires_grad:
-        x = state
+        x = handed(state, call.hand_stride)
     return Pending(y, moments, carrier, call.relu), x
 
 
@@ -108,30 +52,42 @@ def close(state: Tensor | Pending, engine: str, promote: bool = False) -> Tensor
     return CloseFunction.apply(engine, state.relu, state.skip, wide, state.y, state.moments, state.carrier, *state[5:])
 
 
-def _plain_projection(link: Link, site: SiteSpec, x: Tensor) -> Tensor:
-    """A projection without batch norm: an ordinary convolution, finished."""
-    conv = child(link.block, site.conv)
-    bias = None if conv.bias is None else conv.bias.to(x.dtype)
-    weight = conv.weight.to(x.dtype)
-    out = nn.functional.conv2d(x, weight, bias, conv.stride, _conv_padding(conv), conv.dilation, conv.groups)
-    return out.contiguous(memory_format=torch.channels_last)
-
-
 def _skip(link: Link) -> Skip:
     shortcut = link.spec.shortcut
     return Skip(shortcut.kind, shortcut.stride, shortcut.channel_offset)
 
 
-def _residual(link: Link, engine: str, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The block's shortcut as the triple a close reads: tensor, and for a projection moments and carrier."""
+def _hand_stride(link: Link, engine: str) -> int:
+    """How many pixels the block's projection steps over: what it never reads is then not handed to it.
+
+    Its gradient comes back as small as that. Only for engines whose kernels load such a view.
+    """
+    site = link.spec.shortcut.site
+    if site is None or site.bn is None or not hasattr(engines.get(engine), "site_forward"):
+        return 1
+    conv = child(link.block, site.conv)
+    stepping = conv.kernel_size == _POINTWISE and conv.stride[0] == conv.stride[1]
+    return conv.stride[0] if stepping and conv_padding(conv) == (0, 0) else 1  # type: ignore[no-any-return]
+
+
+def _residual(
+    link: Link, engine: str, x: Tensor, hand_stride: int = 1
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The block's shortcut as the triple a close reads: tensor, and for a projection moments and carrier.
+
+    ``x`` is the block's input, every ``hand_stride``-th pixel of it.
+    """
     site = link.spec.shortcut.site
     if link.spec.shortcut.kind == "none":
         return None, None, None
     if site is None:
         return x, None, None
     if site.bn is None:
-        return _plain_projection(link, site, x), None, None
-    branch, _ = _apply_site(x, *_bind(link.block, site, engine), False)
+        return plain_projection(link, site, x), None, None
+    call, params = bind(link.block, site, engine)
+    if hand_stride > 1:
+        call = call._replace(stride=(1, 1))
+    branch, _ = _apply_site(x, call, params, False)
     return branch.y, branch.moments, branch.carrier
 
 
@@ -139,16 +95,20 @@ def _run_link(link: Link, engine: str, state: Tensor | Pending, original: Tensor
     """One block, a node per site. ``original``: the shortcut's input, where autocast's cast made another."""
     spec = link.spec
     x: Tensor | None = None
+    stride = 1 if original is not None else _hand_stride(link, engine)
     for i, site in enumerate(spec.sites):
-        state, handed = _apply_site(state, *_bind(link.block, site, engine), spec.shortcut.kind != "none" and i == 0)
-        x = handed if i == 0 else x
+        call, params = bind(link.block, site, engine)
+        if i == 0:
+            state, x = _apply_site(state, call._replace(hand_stride=stride), params, spec.shortcut.kind != "none")
+        else:
+            state, _ = _apply_site(state, call, params, False)
     assert isinstance(state, Pending)
     if spec.pool is not None:
         window = (spec.pool.kernel, spec.pool.stride, spec.pool.padding)
         return PoolFunction.apply(engine, state.relu, window, state.y, state.moments, state.carrier)
     if spec.shortcut.kind == "none" or x is None:
         return state
-    residual = _residual(link, engine, x)
+    residual = _residual(link, engine, x, stride)
     if original is not None and spec.shortcut.site is None:
         residual = (original, None, None)
     return Pending(state.y, state.moments, state.carrier, spec.relu, _skip(link), *residual)
@@ -165,24 +125,24 @@ def recomputes(link: Link) -> bool:
 def _run_recomputing(link: Link, engine: str, x: Tensor) -> Tensor:
     """One block in memory mode "lean" (its last site rebuilt) or "min" (all of it); ends materialised."""
     spec, shortcut = link.spec, link.spec.shortcut
-    bound = [_bind(link.block, site, engine) for site in spec.sites]
+    bound = [bind(link.block, site, engine) for site in spec.sites]
     state: Tensor | Pending = x
     first = 0
-    handed: Tensor | None = x
+    kept: Tensor | None = x
     if link.memory == "lean":
         first = len(bound) - 1
         for i, (call, params) in enumerate(bound[:first]):
             state, passed = _apply_site(state, call, params, False)
-            handed = passed if i == 0 else handed
+            kept = passed if i == 0 else kept
     projection: SiteCall | None = None
     residual: tuple[Tensor | None, ...] = (None, None, None)
     flat = [t for _, p in bound[first:] for t in p]
     if link.memory == "min" and shortcut.site is not None and shortcut.site.bn is not None:
-        projection, params = _bind(link.block, shortcut.site, engine)
+        projection, params = bind(link.block, shortcut.site, engine)
         flat.extend(params)
     elif link.memory == "lean" or shortcut.site is not None:
-        assert handed is not None
-        residual = _residual(link, engine, handed)
+        assert kept is not None
+        residual = _residual(link, engine, kept)
     relu = spec.sites[-1].relu if shortcut.kind == "none" else spec.relu
     source: tuple[Tensor | None, ...] = (state, None, None) if isinstance(state, Tensor) else state[:3]
     kind = "plain" if isinstance(state, Tensor) else "pending"
@@ -192,10 +152,14 @@ def _run_recomputing(link: Link, engine: str, x: Tensor) -> Tensor:
     return RecomputeFunction.apply(node, *source, *residual, *flat)
 
 
+def _autocasts(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def _compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype the convolutions run in: autocast's, where autocast would cast."""
     device = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
+    if x.dtype != torch.float64 and _autocasts(device):
         return torch.get_autocast_dtype(device)
     return x.dtype
 
@@ -223,14 +187,16 @@ class Run:
         if not x.is_floating_point() or x.device != weight.device:
             return False
         wide = torch.float64 in (x.dtype, weight.dtype)
-        return x.dtype == weight.dtype or (torch.is_autocast_enabled(x.device.type) and not wide)
+        return x.dtype == weight.dtype or (_autocasts(x.device.type) and not wide)
 
     def feed(self, link: Link) -> None:
         """Run one block on the current state."""
         original: Tensor | None = None
         if isinstance(self._state, Tensor):
             original = self._enter(link, self._state)
-        if recomputes(link) and original is None:
+        if original is None and isinstance(self._state, Tensor) and infers(link, self._engine):
+            self._state = infer_link(link, self._engine, self._state)
+        elif recomputes(link) and original is None:
             self._state = _run_recomputing(link, self._engine, self._materialised())
         else:
             self._state = _run_link(link, self._engine, self._state, original)

@@ -6,9 +6,11 @@ import dataclasses
 
 from torch import nn
 
-from . import engines
-from .chain import child, recomputes
+from . import engines, plan
+from .chain import recomputes
 from .fuse import REFUSAL
+from .kernels.geometry import precision
+from .links import child, conv_padding
 from .modules import BINDING, Fused, FusedBlock, FusedStage, FusedTrunk, obstacle
 from .recognise import Refusal, find_chains
 from .spec import ChainSpec
@@ -115,4 +117,39 @@ def _fused_record(name: str, kind: str, block: Fused | nn.Module, spec: ChainSpe
 def _plan(block: nn.Module | Fused, spec: ChainSpec, binding, extent: str) -> BlockPlan:  # type: ignore[no-untyped-def]
     weight = child(block, spec.sites[0].conv).weight  # type: ignore[arg-type]
     engine = engines.select(weight.device, weight.dtype, binding.engine)
-    return BlockPlan(engine, "library convolutions", binding.memory, extent)
+    convs = [child(block, site.conv) for site in spec.site_specs()]  # type: ignore[arg-type]
+    return BlockPlan(engine, _variant(convs, engine), binding.memory, extent)
+
+
+def _variant(convs: list[nn.Conv2d], engine: str) -> str:
+    """Who runs a block's convolutions, and why where it is not our kernels."""
+    if engine != "triton":
+        return "library convolutions"
+    reasons = []
+    for conv in convs:
+        chosen = plan.choose(_shape(conv))
+        if chosen.name == plan.LIBRARY:
+            reasons.append(chosen.reason)
+    if not reasons:
+        return "own convolutions"
+    library = ", ".join(dict.fromkeys(reasons))
+    if len(reasons) == len(convs):
+        return f"library convolutions ({library})"
+    return f"{len(convs) - len(reasons)} of {len(convs)} convolutions own, the rest library ({library})"
+
+
+def _shape(conv: nn.Conv2d) -> plan.ConvShape:
+    """A convolution as the plan's rules see it; its input is not known here, so one pixel stands for it."""
+    pairs = (conv.kernel_size, conv.stride, conv_padding(conv), conv.dilation)
+    tf32 = precision(conv.weight.dtype) == "tf32"
+    return plan.ConvShape(
+        1,
+        conv.in_channels,
+        1,
+        1,
+        conv.out_channels,
+        *pairs,
+        conv.groups,
+        conv.weight.dtype,
+        tf32,  # type: ignore[arg-type]
+    )

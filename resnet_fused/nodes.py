@@ -19,17 +19,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import engines
-from .site import (
-    SiteCall,
-    SiteGrads,
-    SiteParams,
-    Skip,
-    Source,
-    close_backward,
-    load_source,
-    site_backward,
-    site_forward,
-)
+from .calls import SiteCall, SiteGrads, SiteParams, Skip, Source, handed
+from .site import close_backward, load_source, site_backward, site_forward
 
 
 class Pending(NamedTuple):
@@ -69,6 +60,7 @@ def site_gradients(
     dskip: Tensor | None,
     need_source: bool,
     needs: tuple[bool, ...],
+    mask: Tensor | None = None,
 ) -> tuple[SiteGrads, tuple[Tensor | None, ...]]:
     """`site_backward`, and the gradients of the site's `SiteParams`, of which ``params`` are the first four.
 
@@ -77,19 +69,22 @@ def site_gradients(
     weight, bias, gamma, beta = params
     if weight is None:
         raise ValueError("site_gradients: params: expected a convolution weight, got None")
-    grads = site_backward(call, source, x, weight, y, moments, g, sums, dskip, (need_source, needs[0]))
+    grads = site_backward(call, source, x, weight, y, moments, g, sums, dskip, (need_source, needs[0]), mask)
     dbias = dgamma = dbeta = None
     if needs[1] and bias is not None:
         dbias = ((sums[0] + sums[1]) * 0 if call.training else moments[2] * sums[0]).to(bias.dtype)
     if needs[2] and gamma is not None:
-        dgamma = sums[1].to(gamma.dtype, copy=True)
+        dgamma = sums[1].to(gamma.dtype)
     if needs[3] and beta is not None:
-        dbeta = sums[0].to(beta.dtype, copy=True)
+        dbeta = sums[0].to(beta.dtype)
     return grads, (grads.weight, dbias, dgamma, dbeta, None, None, None)
 
 
 class SiteFunction(torch.autograd.Function):
-    """One site as one node: ``(y, moments, carrier, x)``, without ``x`` for a pending source."""
+    """One site as one node: ``(y, moments, carrier, x)``, without ``x`` for a pending source.
+
+    ``x`` is what the block's shortcut reads of the activation (`calls.handed`).
+    """
 
     @staticmethod
     def forward(
@@ -106,7 +101,7 @@ class SiteFunction(torch.autograd.Function):
         site = call.sites[0]
         p = SiteParams(*params)  # type: ignore[arg-type]
         source = Source(call.kind, src, src_moments, call.source_relu, call.source_skip, residual, residual_moments)
-        y, moments, x = site_forward(site, source, p)
+        y, moments, x, mask = site_forward(site, source, p)
         keep_residual = residual_moments is not None or call.source_skip.kind == "pad"
         ctx.call = call
         ctx.set_materialize_grads(False)
@@ -122,24 +117,26 @@ class SiteFunction(torch.autograd.Function):
             p.beta,
             y,
             moments,
+            mask,
         )
         ctx.mark_non_differentiable(moments)
         carrier = moments.new_empty((2, moments.shape[1]))
         if call.kind == "pending":
             return y, moments, carrier
-        return y, moments, carrier, src.view_as(src) if call.kind == "plain" else x
+        passed = handed(src if x is None else x, site.hand_stride)
+        return y, moments, carrier, passed.view_as(passed) if passed is src else passed
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor, _: Tensor | None, sums: Tensor, dskip: Tensor | None = None) -> tuple[Any, ...]:
-        src, src_moments, x, residual, residual_moments, *params, y, moments = ctx.saved_tensors
+        src, src_moments, x, residual, residual_moments, *params, y, moments, mask = ctx.saved_tensors
         call: NodeCall = ctx.call
         needs = ctx.needs_input_grad
         source = Source(call.kind, src, src_moments, call.source_relu, call.source_skip, residual, residual_moments)
         x = src if call.kind == "plain" else x
         need_source = needs[1] or needs[4]
         grads, own = site_gradients(
-            call.sites[0], source, x, tuple(params), y, moments, g, sums, dskip, need_source, needs[7:]
+            call.sites[0], source, x, tuple(params), y, moments, g, sums, dskip, need_source, needs[7:], mask
         )
         return None, grads.source, None, grads.source_sums, grads.residual, None, grads.residual_sums, *own
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .calls import SiteParams, Source
 from .nodes import NodeCall, site_gradients
-from .site import SiteParams, Source, close_backward, load_source, site_conv, site_forward
+from .site import close_backward, load_source, site_forward, site_rebuild
 
 PARAMS = len(SiteParams._fields)
 
@@ -42,13 +43,13 @@ class RecomputeFunction(torch.autograd.Function):
         source = Source(call.kind, src, src_moments, call.source_relu)
         kept = []
         for site, p in zip(call.sites, groups, strict=False):
-            y, moments, _ = site_forward(site, source, p)
+            y, moments = site_forward(site, source, p)[:2]
             kept.append(moments)
             source = Source("pending", y, moments, site.relu)
         outer_residual = residual if residual_moments is not None else None
         ctx.outer = residual is not None
         if call.projection is not None:
-            residual, residual_moments, _ = site_forward(call.projection, Source("plain", src), groups[-1])
+            residual, residual_moments = site_forward(call.projection, Source("plain", src), groups[-1])[:2]
             kept.append(residual_moments)
         elif residual is None and call.skip.kind != "none":
             residual = src
@@ -81,7 +82,8 @@ class RecomputeFunction(torch.autograd.Function):
 
         sources, ys = _rebuild(call, Source(call.kind, src, src_moments, call.source_relu), kept, groups)
         if call.projection is not None:
-            residual, residual_moments = site_conv(call.projection, src, groups[-1][0]), kept[-1]
+            residual = site_rebuild(call.projection, Source("plain", src), groups[-1][0])
+            residual_moments = kept[-1]
         elif padded is not None:
             residual = padded
         dout = dout.contiguous(memory_format=torch.channels_last)
@@ -118,7 +120,7 @@ def _rebuild(
     """The sources and raw outputs of a recomputed node's sites, made again as the forward made them."""
     sources, ys = [], []
     for site, moments, p in zip(call.sites, kept, groups, strict=False):
-        y = site_conv(site, load_source(site.engine, source), p[0])
+        y = site_rebuild(site, source, p[0])
         sources.append(source)
         ys.append(y)
         source = Source("pending", y, moments, site.relu)

@@ -162,10 +162,10 @@ def bn_eval_moments(
     return _moments(mean, running_var.to(dtype), weight, bias, eps, mean.new_zeros(()))
 
 
-def _pad_residual(residual: Tensor, like: Tensor, stride: int, channel_offset: int) -> Tensor:
-    """Option A: subsample by ``stride`` and zero-pad the channels, ``channel_offset`` of them in front."""
+def pad_residual(residual: Tensor, channels: int, stride: int, channel_offset: int) -> Tensor:
+    """Option A: subsample by ``stride`` and zero-pad to ``channels``, ``channel_offset`` of the zeros in front."""
     residual = residual[:, :, ::stride, ::stride]
-    after = like.shape[1] - residual.shape[1] - channel_offset
+    after = channels - residual.shape[1] - channel_offset
     return F.pad(residual, (0, 0, 0, 0, channel_offset, after))
 
 
@@ -195,7 +195,7 @@ def bn_apply(
         if residual_moments is not None:
             residual = _affine(residual, residual_moments).to(residual.dtype)
         elif residual.shape != y.shape:
-            residual = _pad_residual(residual, y, residual_stride, channel_offset)
+            residual = pad_residual(residual, y.shape[1], residual_stride, channel_offset)
         z = z.to(y.dtype).to(z.dtype) + residual.to(z.dtype)
     return (torch.where(z <= 0, 0.0, z) if relu else z).to(y.dtype)
 

@@ -14,17 +14,20 @@ import resnet_fused
 ROOT = Path(resnet_fused.__file__).parent
 # A module may import those to its left and none to its right.
 LAYERS = (
-    ("numerics", "spec", "reference"),
+    ("numerics", "spec", "reference", "calls"),
+    ("kernels", "plan"),
     ("engines",),
     ("site",),
     ("nodes",),
     ("recompute",),
+    ("links",),
+    ("infer",),
     ("chain",),
     ("modules", "eager_blocks"),
     ("eager", "tracing", "steps", "matching", "recognise", "probe"),
     ("fuse", "blocks"),
-    ("explain", "resnet", "architectures"),
-    ("checking",),
+    ("explain", "resnet", "architectures", "passes"),
+    ("checking", "traffic", "compiling"),
     ("train",),
     ("cli", "__main__"),
 )

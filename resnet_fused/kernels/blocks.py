@@ -50,6 +50,20 @@ def masked(g, z):
 
 
 @triton.jit
+def pack_bits(alive, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Booleans ``(ROWS, CHANNELS)`` as bytes ``(ROWS, CHANNELS / 8)``, the first channel in the lowest bit."""
+    bits = tl.reshape(alive.to(tl.int32), (ROWS, CHANNELS // 8, 8)) << tl.arange(0, 8)[None, None, :]
+    return tl.sum(bits, 2).to(tl.uint8)
+
+
+@triton.jit
+def unpack_bits(packed, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+    """The inverse of `pack_bits`, as 0 and 1."""
+    bits = packed.to(tl.int32)[:, :, None] >> tl.arange(0, 8)[None, None, :]
+    return tl.reshape(bits & 1, (ROWS, CHANNELS))
+
+
+@triton.jit
 def load_coefficients(moments_ptr, sums_ptr, offs_c, C, mask_c):
     """``(a, b, c)`` of a batch norm in training: ``dy = a * g + b * (y - mean) + c``."""
     rstd = tl.load(moments_ptr + C + offs_c, mask=mask_c, other=0.0)
@@ -67,6 +81,16 @@ def bn_dy(g, y, mean, a, b, c):
 
 
 @triton.jit
+def product(a, b):
+    """``a * b`` that the compiler will not contract into a later sum.
+
+    In a reduction's butterfly each lane would contract its own product and round its partner's: lanes that hold
+    the same sum would then differ in the last bit, and which of them is stored is undefined.
+    """
+    return tl.fma(a, b, 0.0)
+
+
+@triton.jit
 def tile_statistics(v, rows):
     """``(count, mean, M2)`` over the first axis of ``v`` (float32); ``rows``: which rows exist, ``(BLOCK, 1)``.
 
@@ -75,7 +99,7 @@ def tile_statistics(v, rows):
     count = tl.sum(rows.to(tl.float32))
     mean = tl.sum(tl.where(rows, v, 0.0), 0) / count
     deviation = tl.where(rows, v - mean[None, :], 0.0)
-    return count, mean, tl.sum(deviation * deviation, 0)
+    return count, mean, tl.sum(product(deviation, deviation), 0)
 
 
 @triton.jit

@@ -15,6 +15,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 Tensors = Sequence["Tensor | None"]
@@ -46,6 +47,7 @@ class LaunchRecord:
 @dataclasses.dataclass
 class _Recording:
     run: bool
+    anywhere: bool
     records: list[LaunchRecord]
 
 
@@ -53,17 +55,18 @@ _recording: _Recording | None = None
 
 
 @contextlib.contextmanager
-def recording(run: bool = True) -> Iterator[list[LaunchRecord]]:
+def recording(run: bool = True, compiling: bool = False) -> Iterator[list[LaunchRecord]]:
     """Note every launch in the block.
 
     Args:
         run: False only notes them; tensors may then be on the meta device.
+        compiling: what starts a kernel is replaced by what compiles it, so again any device will do.
 
     Yields:
         A list that gains one `LaunchRecord` per launch.
     """
     global _recording
-    previous, _recording = _recording, _Recording(run, [])
+    previous, _recording = _recording, _Recording(run, compiling or not run, [])
     try:
         yield _recording.records
     finally:
@@ -71,8 +74,8 @@ def recording(run: bool = True) -> Iterator[list[LaunchRecord]]:
 
 
 def is_counting() -> bool:
-    """Whether launches are noted and not started: any device will then do."""
-    return _recording is not None and not _recording.run
+    """Whether launches are noted, or compiled, and not started: any device will then do."""
+    return _recording is not None and _recording.anywhere
 
 
 def nbytes(tensors: Tensors) -> int:
@@ -96,4 +99,8 @@ def launch(
         _recording.records.append(LaunchRecord(kernel.fn.__name__, dict(config), counted))  # type: ignore[arg-type]
         if not _recording.run:
             return
-    kernel[grid](**arguments, **config)
+    device = next(t.device for t in arguments.values() if isinstance(t, Tensor))
+    # Triton launches on torch's current device and stream; a tensor may be on another device.
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
+        kernel[grid](**arguments, **config)

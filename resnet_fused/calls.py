@@ -1,0 +1,89 @@
+"""What a site's functions are called with: static descriptions and tensors, in named tuples."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+Pair = tuple[int, int]
+
+
+class SiteCall(NamedTuple):
+    """What is static about one call of a site."""
+
+    engine: str
+    stride: Pair
+    padding: Pair
+    dilation: Pair
+    groups: int
+    relu: bool
+    training: bool  # batch statistics; False: running statistics (eval or frozen)
+    momentum: float | None
+    eps: float
+    hand_stride: int = 1  # the block's shortcut is handed every so many pixels of the site's input
+
+
+class SiteParams(NamedTuple):
+    """The tensors of a site: the convolution's, then the batch norm's. Names are torch's."""
+
+    weight: Tensor
+    conv_bias: Tensor | None
+    gamma: Tensor | None
+    beta: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
+
+
+class Skip(NamedTuple):
+    """Static description of what a close adds: "none", "identity", "pad" or "projection"."""
+
+    kind: str = "none"
+    stride: int = 1
+    channel_offset: int = 0
+
+
+class Source(NamedTuple):
+    """Where a site's input comes from.
+
+    plain: ``y`` is the input tensor itself. pending: a raw convolution output and its moments; the
+    consumer applies affine and ReLU. join: pending, plus the shortcut to add before the ReLU.
+    """
+
+    kind: str
+    y: Tensor
+    moments: Tensor | None = None
+    relu: bool = True
+    skip: Skip = Skip()
+    residual: Tensor | None = None
+    residual_moments: Tensor | None = None
+
+
+def handed(x: Tensor, stride: int) -> Tensor:
+    """What a site hands to its block's shortcut: ``x``, or the view of every ``stride``-th pixel that it reads."""
+    return x if stride == 1 else x[:, :, ::stride, ::stride]
+
+
+class SiteOutputs(NamedTuple):
+    """What a site's forward makes.
+
+    ``y``: the raw output. ``moments``: (5, K). ``x``: the activation that was convolved; may be None for a pending
+    source, whose activation nobody else reads. ``mask``: of a join, the engine's compact form of its ReLU's mask, kept
+    for backward; None where ``x`` itself serves.
+    """
+
+    y: Tensor
+    moments: Tensor
+    x: Tensor | None = None
+    mask: Tensor | None = None
+
+
+class SiteGrads(NamedTuple):
+    """Gradients of a site's inputs; ``source`` and ``residual`` are those of the tensors in `Source`."""
+
+    source: Tensor | None = None
+    source_sums: Tensor | None = None
+    residual: Tensor | None = None
+    residual_sums: Tensor | None = None
+    weight: Tensor | None = None

@@ -1,0 +1,75 @@
+"""Which GPU a tile is chosen for: asked of torch at a launch, never at import."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterator
+
+import torch
+
+KIB = 1024
+DEFAULT = "sm_90"
+# Most dynamic shared memory of one block in bytes, and multiprocessors of the largest common part.
+_SHARED = {"sm_75": 64, "sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_103": 227}
+_PROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_89": 142, "sm_90": 132, "sm_100": 148, "sm_120": 170, "gfx942": 304}
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A GPU as tile choice sees it: architecture, shared memory per block in bytes, multiprocessors."""
+
+    arch: str
+    shared_bytes: int
+    processors: int
+
+    @property
+    def has_wgmma(self) -> bool:
+        """Whether four warps together issue one tensor-core instruction (sm_90 and the datacentre parts after it)."""
+        return self.arch in ("sm_90", "sm_100", "sm_103")
+
+
+_pretended: Target | None = None
+
+
+def named(arch: str) -> Target:
+    """The target called ``sm_<number>`` or ``gfx<name>``; an unknown one gets the smallest shared memory.
+
+    Raises:
+        ValueError: any other name.
+    """
+    if not arch.startswith(("sm_", "gfx")):
+        raise ValueError(f"target: expected sm_<number> or gfx<name>, got {arch!r}")
+    shared = 64 if arch.startswith("gfx") else _SHARED.get(arch, 99)
+    return Target(arch, shared * KIB, _PROCESSORS.get(arch, 108))
+
+
+@functools.cache
+def _of_device(index: int) -> Target:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip is not None:
+        arch = properties.gcnArchName.split(":")[0]
+    else:
+        arch = f"sm_{properties.major}{properties.minor}"
+    return dataclasses.replace(named(arch), processors=properties.multi_processor_count)
+
+
+def of(device: torch.device) -> Target:
+    """The target of ``device``; `DEFAULT` for a device that is no GPU (counting and emulation)."""
+    if _pretended is not None:
+        return _pretended
+    if device.type != "cuda":
+        return named(DEFAULT)
+    return _of_device(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@contextlib.contextmanager
+def pretend(arch: str) -> Iterator[Target]:
+    """Choose tiles for ``arch`` in the block, whatever the device."""
+    global _pretended
+    previous, _pretended = _pretended, named(arch)
+    try:
+        yield _pretended
+    finally:
+        _pretended = previous

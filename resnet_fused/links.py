@@ -1,0 +1,76 @@
+"""A block of a chain bound to its modules: they are the user's own, and are read at every call."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .calls import SiteCall, SiteParams
+from .spec import ChainSpec, SiteSpec
+
+
+class Link(NamedTuple):
+    """A block in a run: its module, its spec, how much it keeps for backward, and the engine asked for."""
+
+    block: nn.Module
+    spec: ChainSpec
+    memory: str = "speed"
+    engine: str | None = None
+
+
+def child(module: nn.Module, path: str) -> Any:
+    """The submodule at ``path``, as `nn.Module.get_submodule` but without its checks and its type."""
+    for name in path.split("."):
+        module = getattr(module, name)
+    return module
+
+
+def conv_padding(conv: nn.Conv2d) -> tuple[int, int]:
+    """The padding in pixels, whatever way it was given."""
+    if conv.padding == "valid":
+        return (0, 0)
+    if conv.padding == "same":
+        return tuple(d * (k - 1) // 2 for d, k in zip(conv.dilation, conv.kernel_size, strict=True))  # type: ignore[return-value]
+    return conv.padding  # type: ignore[return-value]
+
+
+def bind(block: nn.Module, site: SiteSpec, engine: str) -> tuple[SiteCall, SiteParams]:
+    """A site's static call and its tensors, read from the block's own modules at this moment."""
+    conv = child(block, site.conv)
+    bn = child(block, site.bn or "")
+    tracked = bn.running_mean is not None
+    batch_norm = isinstance(bn, nn.modules.batchnorm._BatchNorm)
+    training = batch_norm and (bn.training or not tracked)
+    moving = not training or (bn.training and bn.track_running_stats and tracked)
+    call = SiteCall(
+        engine,
+        conv.stride,
+        conv_padding(conv),
+        conv.dilation,
+        conv.groups,
+        site.relu,
+        training,
+        bn.momentum if batch_norm else 0.0,
+        bn.eps,
+    )
+    params = SiteParams(
+        conv.weight,
+        conv.bias,
+        bn.weight,
+        bn.bias,
+        bn.running_mean if moving else None,
+        bn.running_var if moving else None,
+        bn.num_batches_tracked if training and moving else None,
+    )
+    return call, params
+
+
+def plain_projection(link: Link, site: SiteSpec, x: Tensor) -> Tensor:
+    """A projection without batch norm: an ordinary convolution, finished."""
+    conv = child(link.block, site.conv)
+    bias = None if conv.bias is None else conv.bias.to(x.dtype)
+    weight = conv.weight.to(x.dtype)
+    out = nn.functional.conv2d(x, weight, bias, conv.stride, conv_padding(conv), conv.dilation, conv.groups)
+    return out.contiguous(memory_format=torch.channels_last)
