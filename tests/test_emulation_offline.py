@@ -13,7 +13,8 @@ from triton.runtime.autotuner import Autotuner
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from tests.emulation import demo_kernels, offline, planted_bugs
+from resnet_fused.compiling import offline
+from tests.emulation import demo_kernels, planted_bugs
 
 pytestmark = pytest.mark.skipif(bool(offline.missing_tools()), reason=offline.missing_tools())
 

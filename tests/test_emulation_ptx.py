@@ -12,7 +12,8 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from tests.emulation import demo_kernels, offline, planted_bugs, ptx, ptx_snippets, samples
+from resnet_fused.compiling import offline
+from tests.emulation import demo_kernels, planted_bugs, ptx, ptx_snippets, samples
 from tests.emulation.launch import on_ptx
 
 needs_compiler = pytest.mark.skipif(bool(offline.missing_tools()), reason=offline.missing_tools())

@@ -207,9 +207,14 @@ def conv_fwd(
         x: (N, C, H, W) channels_last, bf16, fp16 or fp32.  weight: (K, R, S, C) contiguous, dtype of ``x``.
         tile: None lets `tiles.choose` pick.
 
+    Raises:
+        ValueError: a prologue beside the activation epilogue, which would share its moments.
+
     Equivalent to: ``y = F.conv2d(out, weight.permute(0, 3, 1, 2), None, stride, padding, dilation)``,
     ``out = F.relu(F.batch_norm(x, ...) + residual)``, ``partials`` as `reference.bn_stats` per tile
     """
+    if epilogue.kind == "activation" and prologue.kind != "plain":
+        raise ValueError(f"conv_fwd: prologue: expected 'plain' with an activation epilogue, got {prologue.kind!r}")
     tile = tile or choose(problem(geometry, x.dtype, prologue), target.of(x.device))
     y = channels_last_empty(x, geometry.n, geometry.k, geometry.p, geometry.q)
     out = channels_last_empty(x, *x.shape) if prologue.kind == "join" else None

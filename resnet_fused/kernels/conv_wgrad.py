@@ -217,17 +217,19 @@ def _reduced(partials: Tensor, geometry: Geometry, weight: Tensor) -> Tensor:
     last = weight.permute(0, 2, 3, 1).is_contiguous()
     dw = torch.empty_like(weight) if last or weight.is_contiguous() else weight.new_empty(weight.shape)
     tap_c = c if geometry.c == c else PACKED_CHANNELS
+    tap_s = geometry.s * geometry.c // tap_c
+    read = partials.view(partials.shape[0], k, r, tap_s, tap_c)[:, :, :, :s, :c]
     launch(
         _dw_reduce_kernel,
         (triton.cdiv(dw.numel(), _REDUCE_BLOCK),),
-        Moved(weights=((), (dw,)), partials=((partials,), ())),
+        Moved(weights=((), (dw,)), partials=((read,), ())),
         {"partials_ptr": partials, "dw_ptr": dw, "SPLIT": partials.shape[0]},
         {
             "K": k,
             "C": c,
             "R": r,
             "S": s,
-            "TAP_S": geometry.s * geometry.c // tap_c,
+            "TAP_S": tap_s,
             "TAP_C": tap_c,
             "LAST": last,
             "BLOCK": _REDUCE_BLOCK,

@@ -115,8 +115,13 @@ PLAIN = Prologue()
 
 
 def precision(dtype: torch.dtype) -> str:
-    """`tl.dot`'s input precision: fp32 honours torch's TF32 switch for convolutions."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else "ieee"
+    """`tl.dot`'s input precision: fp32 honours torch's TF32 switch for convolutions, however it was set.
+
+    Triton hands float32 operands to a tensor core as they are, and it drops their lower 13 bits: TF32 truncates here.
+    ``torch.backends.cudnn.allow_tf32`` itself raises where the two interfaces of the switch were mixed.
+    """
+    tf32 = dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"
 
 
 def loadable(x: Tensor) -> Tensor:

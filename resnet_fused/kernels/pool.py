@@ -143,13 +143,13 @@ def _pool_bwd_kernel(
         top = offs_strips // CELLS_W % SEGMENTS * LENGTH
         mask_strips = (offs_strips[:, None] < strips) & (offs_c[None, :] < C)
 
-        winners, douts = (), ()
+        winners, douts = tl.tuple(()), tl.tuple(())
         for _slot in tl.static_range(BACK_H * BACK_W):
             winners = winners + (tl.full((BLOCK_ROWS, BLOCK_C), -1, tl.int32),)
             douts = douts + (tl.zeros((BLOCK_ROWS, BLOCK_C), tl.float32),)
         for step in range(0, LENGTH + BACK_H - 1):
             i = top + step - (BACK_H - 1)
-            new_winners, new_douts = (), ()
+            new_winners, new_douts = tl.tuple(()), tl.tuple(())
             for back_w in tl.static_range(BACK_W):
                 q = j - back_w
                 mask = mask_strips & ((i >= 0) & (i < P) & (q >= 0) & (q < Q))[:, None]

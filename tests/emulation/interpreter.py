@@ -83,7 +83,8 @@ def _record(pointers: TensorHandle, mask: np.ndarray, kind: str, values: np.ndar
     tracked: TrackedTensor | None = pointers.attr.get("tensor")
     if tracked is None:
         raise KernelMemoryError(f"{kind} through a pointer of unknown origin in program {program}")
-    addresses, active = np.broadcast_arrays(pointers.data, mask)
+    # A mask that a Python bool took part in comes as integers, which would index instead of choosing.
+    addresses, active = np.broadcast_arrays(pointers.data, mask.astype(bool))
     if values is not None:
         values = np.broadcast_to(values, active.shape)[active]
     itemsize = max(1, pointers.get_element_ty().primitive_bitwidth // 8)

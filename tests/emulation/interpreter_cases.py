@@ -99,6 +99,10 @@ def case_planted_off_by_one_mask() -> None:
     expect_error("out-of-bounds load", lambda: launch_planted(planted_bugs.off_by_one_mask_kernel, torch.ones(LENGTH)))
 
 
+def case_planted_off_by_one_mask_of_integers() -> None:
+    expect_error("out-of-bounds store", lambda: launch_planted(planted_bugs.integer_mask_kernel, torch.ones(LENGTH)))
+
+
 def case_planted_unmasked_load() -> None:
     expect_error("out-of-bounds load", lambda: launch_planted(planted_bugs.unmasked_load_kernel, torch.ones(LENGTH)))
 

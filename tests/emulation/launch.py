@@ -15,8 +15,8 @@ from triton.runtime.autotuner import Autotuner
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from resnet_fused.compiling.driver import FakeDriver, parse_target, replaced_launch
 from tests.emulation import ptx
-from tests.emulation.driver import FakeDriver, parse_target, replaced_launch
 from tests.emulation.ptx_memory import Stats
 
 

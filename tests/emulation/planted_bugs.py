@@ -14,6 +14,15 @@ def off_by_one_mask_kernel(x_ptr, out_ptr, length, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def integer_mask_kernel(x_ptr, out_ptr, length, BLOCK: tl.constexpr):
+    """Off by one, through a mask that the interpreter keeps as integers."""
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    for step in range(1):
+        mask = (offs <= length) & ((tl.program_id(0) >= 0) & (step >= 0))
+        tl.store(out_ptr + offs, tl.load(x_ptr + offs, mask=offs < length, other=0.0), mask=mask)
+
+
+@triton.jit
 def unmasked_load_kernel(x_ptr, out_ptr, length, BLOCK: tl.constexpr):
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(out_ptr + offs, tl.load(x_ptr + offs), mask=offs < length)

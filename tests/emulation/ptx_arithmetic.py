@@ -46,15 +46,20 @@ def _values(m: Machine, operand: str, dtype: str) -> Array:
 
 
 def _packed(value: Array, dtype: str) -> Array:
+    """``value`` as a register holds it; a NaN is always the same one, as on a GPU and not as on a CPU."""
     if dtype == "bf16":
         return round_to_bfloat16(value)
+    if value.dtype.kind == "f":
+        value = np.where(np.isnan(value), value.dtype.type(np.nan), value)
     return value.astype(np.float16) if dtype == "f16" else value
 
 
 def _halves(m: Machine, operand: str, dtype: str) -> list[Array]:
-    """The two elements of a packed register, low first, as float32."""
+    """The two elements of a packed register, low first; floats as float32."""
     both = np.ascontiguousarray(m.get(operand, "b32")).view(np.uint16).reshape(-1, 2)
     parts = [np.ascontiguousarray(both[:, i]) for i in range(2)]
+    if dtype in ("s16x2", "u16x2"):
+        return [p.view(NUMPY[dtype[:-2]]) for p in parts]
     return [bfloat16_values(p) if dtype == "bf16x2" else p.view(np.float16).astype(np.float32) for p in parts]
 
 
@@ -65,7 +70,7 @@ def _join(low: Array, high: Array, dtype: str) -> Array:
 
 def _apply(m: Machine, ins: Instruction, function: Callable[..., Array]) -> None:
     dtype = _check_modifiers(ins)
-    if dtype in ("f16x2", "bf16x2"):
+    if dtype.endswith("x2"):
         operands = [_halves(m, a, dtype) for a in ins.args[1:]]
         m.put(ins.args[0], _join(*(function(*column) for column in zip(*operands)), dtype))
     elif dtype == "pred":

@@ -61,11 +61,12 @@ class Machine:
         self.chunk_blocks = max(1, lanes_per_chunk // threads)
 
     def run(self) -> None:
-        """Run every block."""
-        total = math.prod(self.grid)
-        for start in range(0, total, self.chunk_blocks):
-            self._begin(np.arange(start, min(total, start + self.chunk_blocks)))
-            self._run_chunk()
+        """Run every block; those that run together share ``%ctaid.y`` and ``.z``, on which loop lengths may depend."""
+        row = self.grid[0]
+        for first in range(0, math.prod(self.grid), row):
+            for start in range(first, first + row, self.chunk_blocks):
+                self._begin(np.arange(start, min(first + row, start + self.chunk_blocks)))
+                self._run_chunk()
 
     def _begin(self, blocks: np.ndarray) -> None:
         lanes = self.lanes = len(blocks) * self.threads

@@ -12,7 +12,7 @@ import numpy as np
 SIZES = {
     **dict.fromkeys(("u8", "s8", "b8"), 1),
     **dict.fromkeys(("u16", "s16", "b16", "f16", "bf16"), 2),
-    **dict.fromkeys(("u32", "s32", "b32", "f32", "tf32", "f16x2", "bf16x2"), 4),
+    **dict.fromkeys(("u32", "s32", "b32", "f32", "tf32", "f16x2", "bf16x2", "s16x2", "u16x2"), 4),
     **dict.fromkeys(("u64", "s64", "b64", "f64"), 8),
 }
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}

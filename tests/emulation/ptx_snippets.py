@@ -57,12 +57,18 @@ def _unsigned(value: int) -> int:
     return value % 2**32
 
 
+def _halves_added(x: int, y: int) -> int:
+    low = (x + y) & 0xFFFF
+    return ((x >> 16) + (y >> 16)) % 2**16 << 16 | low
+
+
 def _truncated(x: int, y: int) -> int:
     return abs(x) // abs(y) * (1 if (x < 0) == (y < 0) else -1)
 
 
 INTEGER: dict[str, tuple[str, Callable[[int, int], int]]] = {
     "add": ("add.s32 %r3, %r1, %r2;", lambda x, y: x + y),
+    "add of packed halves": ("add.s16x2 %r3, %r1, %r2;", lambda x, y: _halves_added(x, y)),
     "mul.lo": ("mul.lo.s32 %r3, %r1, %r2;", lambda x, y: x * y),
     "mul.hi signed": ("mul.hi.s32 %r3, %r1, %r2;", lambda x, y: (x * y) >> 32),
     "mul.hi unsigned": ("mul.hi.u32 %r3, %r1, %r2;", lambda x, y: (_unsigned(x) * _unsigned(y)) >> 32),

@@ -36,47 +36,61 @@ class FakeDriver(DriverBase):
 
     @classmethod
     def is_active(cls) -> bool:
+        """Always: it is set active by hand."""
         return True
 
     def get_current_target(self) -> GPUTarget:
+        """The target to compile for."""
         return self.target
 
     def get_current_device(self) -> tuple[str, str, Any]:
-        # JITFunction.device_caches is keyed by the device: one key per target keeps the targets apart.
+        """A key for JITFunction.device_caches, one per target, which keeps the targets apart."""
         return ("offline", self.target.backend, self.target.arch)
 
     def set_current_device(self, device: Any) -> None:
-        pass
+        """There is one device."""
 
     def get_current_stream(self, device: Any) -> int:
+        """The default stream."""
         return 0
 
     def get_device_capability(self, device: Any = None) -> tuple[int, int]:
+        """``(major, minor)`` of an NVIDIA target."""
         return divmod(self.target.arch, 10) if self.target.backend == "cuda" else (0, 0)
 
     def get_active_torch_device(self) -> torch.device:
+        """Where Triton would allocate."""
         return torch.device("cpu")
 
     def map_python_to_cpp_type(self, ty: str) -> str:
+        """Only launchers need C++ types, and nothing is launched."""
         return ty
 
     def get_device_interface(self) -> Any:
+        """Torch's module of the device."""
         return torch.cpu
 
     def get_benchmarker(self) -> Any:
+        """Every configuration takes the same time."""
         return lambda function, quantiles=None, **kwargs: [1.0, 1.0, 1.0]
 
     def get_empty_cache_for_benchmark(self) -> None:
+        """There is no cache to empty."""
         return None
 
     def clear_cache(self, cache: Any) -> None:
-        pass
+        """There is no cache to clear."""
 
 
 @contextlib.contextmanager
 def replaced_launch(run: Any, autotune: Any) -> Iterator[Any]:
-    """Let ``run`` and ``autotune`` stand for JITFunction.run and Autotuner.run; give the driver, both methods and the
-    kernels' caches back at the end, also after an exception. Yields the genuine JITFunction.run."""
+    """Let ``run`` and ``autotune`` stand for JITFunction.run and Autotuner.run.
+
+    The driver, both methods and the kernels' caches are given back at the end, also after an exception.
+
+    Yields:
+        The genuine JITFunction.run.
+    """
     genuine, genuine_autotune, active = JITFunction.run, Autotuner.run, driver._active
     used: set[JITFunction] = set()
 

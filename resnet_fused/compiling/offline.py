@@ -13,20 +13,20 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import torch
 import triton
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from tests.emulation.driver import FakeDriver, parse_target, replaced_launch
+from .driver import FakeDriver, parse_target, replaced_launch
 
 TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
@@ -52,6 +52,8 @@ MULTIPROCESSOR = {
 }
 _SASS_OPCODE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
 _GCN_OPCODE = re.compile(r"^\s+((?:v|s|ds|global|buffer|flat|scratch)_\w+)", re.MULTILINE)
+# A tile product in Triton's first intermediate language, its precision and the type of its first operand.
+_DOT = re.compile(r"= tt\.dot [^\n]*?(?:inputPrecision = (\w+) )?: tensor<[\dx]*x(\w+)>")
 # Launch arguments of Triton itself, no part of a kernel's configuration.
 _LAUNCH_OPTIONS = ("debug", "instrumentation_mode")
 
@@ -64,10 +66,14 @@ def missing_tools() -> str:
 
 @dataclasses.dataclass(frozen=True)
 class CompiledKernel:
-    """One kernel, one configuration, one target: what the compiler made of it. Sizes are in bytes."""
+    """One kernel, one configuration, one target: what the compiler made of it. Sizes are in bytes.
+
+    ``key`` is Triton's own hash of source, specialisation, options and target.
+    """
 
     name: str
     target: str
+    key: str
     config: dict[str, Any]
     num_warps: int
     num_stages: int
@@ -101,9 +107,25 @@ class CompiledKernel:
         return self.count("UTCHMMA", "UTCIMMA")
 
     @property
+    def tensor_core(self) -> str:
+        """The kind of tensor-core instruction used: mma, wgmma, tcgen05, several joined by "+", or "none"."""
+        return "+".join(name for name in ("mma", "wgmma", "tcgen05") if getattr(self, name)) or "none"
+
+    @property
+    def wants_tensor_core(self) -> bool:
+        """Whether the source multiplies tiles in a precision that tensor cores have: not exact float32 (or wider)."""
+        dots = _DOT.findall(self.assembly["ttir"])
+        return any(element not in ("f32", "f64") or precision == "tf32" for precision, element in dots)
+
+    @property
     def cp_async(self) -> int:
         """Asynchronous copies from global to shared memory."""
         return self.count("LDGSTS")
+
+    @property
+    def wide_copies(self) -> int:
+        """Those of them that copy 128 bits."""
+        return self.count("LDGSTS", width="128")
 
     @property
     def wide_loads(self) -> int:
@@ -146,6 +168,8 @@ def _tool(name: str, *arguments: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+# The networks launch one compiled kernel many times, and the tools take 0.1 s each.
+@functools.lru_cache(maxsize=4096)
 def _inspect_cubin(cubin: bytes) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "kernel.cubin")
@@ -171,6 +195,7 @@ def _inspect_cubin(cubin: bytes) -> dict[str, Any]:
     }
 
 
+@functools.lru_cache(maxsize=4096)
 def _inspect_amdgcn(text: str) -> dict[str, Any]:
     def field(name: str) -> int:
         match = re.search(rf"\.{name}:\s+(\d+)", text)
@@ -189,15 +214,21 @@ def _inspect_amdgcn(text: str) -> dict[str, Any]:
     }
 
 
+def _config(function: JITFunction, options: dict[str, Any]) -> dict[str, Any]:
+    """What of a launch's keyword arguments the kernel is compiled for: constants, and Triton's options."""
+    runtime = {parameter.name for parameter in function.params if not parameter.is_constexpr}
+    return {k: v for k, v in options.items() if k not in _LAUNCH_OPTIONS and k not in runtime}
+
+
 def _describe(function: JITFunction, target: str, compiled: Any, options: dict[str, Any]) -> CompiledKernel:
     asm = compiled.asm
     found = _inspect_cubin(asm["cubin"]) if "cubin" in asm else _inspect_amdgcn(asm["amdgcn"])
-    config = {k: v for k, v in options.items() if k not in _LAUNCH_OPTIONS and not isinstance(v, torch.Tensor)}
     metadata = compiled.metadata
     return CompiledKernel(
         function.fn.__name__,
         target,
-        config,
+        compiled.hash,
+        _config(function, options),
         metadata.num_warps,
         metadata.num_stages,
         metadata.shared,
@@ -206,24 +237,49 @@ def _describe(function: JITFunction, target: str, compiled: Any, options: dict[s
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """A launch that did not compile: kernel, target, configuration, and what the compiler said."""
+
+    name: str
+    target: str
+    config: dict[str, Any]
+    error: Exception
+
+
 @contextlib.contextmanager
-def compile_offline(targets: Sequence[str] = TARGETS) -> Iterator[list[CompiledKernel]]:
+def compile_offline(
+    targets: Sequence[str] = TARGETS,
+    wanted: Callable[[str, dict[str, Any]], bool] = lambda name, config: True,
+    failures: list[Failure] | None = None,
+) -> Iterator[list[CompiledKernel]]:
     """Compile each launch in the block for every target, and every configuration of an autotuner; run none.
+
+    Args:
+        wanted: whether to compile a launch, by the kernel's name and its keyword arguments.
+        failures: gains the launches that do not compile; None lets the compiler's exception out.
 
     Yields:
         A list that fills with one `CompiledKernel` per launch, configuration and target.
 
     Raises:
-        Whatever the compiler raises, at the launch.
+        Whatever the compiler raises, at the launch, without ``failures``.
     """
     parsed = [(name, parse_target(name)) for name in targets]
     kernels: list[CompiledKernel] = []
 
     def run(self: JITFunction, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> Any:
-        for name, target in parsed:
+        compiled = None
+        for name, target in parsed if wanted(self.fn.__name__, kwargs) else ():
             driver.set_active(FakeDriver(target))
-            compiled = genuine(self, *args, grid=grid, warmup=True, **kwargs)
-            kernels.append(_describe(self, name, compiled, kwargs))
+            try:
+                compiled = genuine(self, *args, grid=grid, warmup=True, **kwargs)
+            except Exception as error:
+                if failures is None:
+                    raise
+                failures.append(Failure(self.fn.__name__, name, _config(self, kwargs), error))
+            else:
+                kernels.append(_describe(self, name, compiled, kwargs))
         return compiled
 
     def autotune(self: Autotuner, *args: Any, **kwargs: Any) -> Any:
