@@ -1,0 +1,104 @@
+// Stored element types, their conversions, and the kinds of arithmetic a product may run in.
+#pragma once
+
+#include "ptx.h"
+
+namespace resnet_fused::cuda {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+// Sixteen bytes: the unit of every copy between global and shared memory.
+struct alignas(16) Chunk {
+  uint32_t words[4];
+};
+
+__device__ __forceinline__ float to_float(float v) { return v; }
+__device__ __forceinline__ float to_float(BFloat16 v) { return bits_to_float(static_cast<uint32_t>(v.bits) << 16); }
+__device__ __forceinline__ float to_float(Float16 v) { return half_to_float(v.bits); }
+
+// Rounds to nearest even; a NaN stays a NaN.
+__device__ __forceinline__ void from_float(float v, float* out) { *out = v; }
+__device__ __forceinline__ void from_float(float v, BFloat16* out) { out->bits = float_to_bfloat16(v); }
+__device__ __forceinline__ void from_float(float v, Float16* out) { out->bits = float_to_half(v); }
+
+template <class Element>
+__device__ __forceinline__ Element stored(float v) {
+  Element e;
+  from_float(v, &e);
+  return e;
+}
+
+// A chunk as floats and back.
+template <class Element>
+struct Packing {
+  static constexpr int kElements = 2 * 4;
+
+  static __device__ __forceinline__ void unpack(const Chunk& chunk, float* values) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      values[2 * i] = to_float(Element{static_cast<uint16_t>(chunk.words[i] & 0xffffu)});
+      values[2 * i + 1] = to_float(Element{static_cast<uint16_t>(chunk.words[i] >> 16)});
+    }
+  }
+  static __device__ __forceinline__ Chunk pack(const float* values) {
+    Chunk chunk;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t low = stored<Element>(values[2 * i]).bits, high = stored<Element>(values[2 * i + 1]).bits;
+      chunk.words[i] = low | high << 16;
+    }
+    return chunk;
+  }
+};
+
+template <>
+struct Packing<float> {
+  static constexpr int kElements = 4;
+
+  static __device__ __forceinline__ void unpack(const Chunk& chunk, float* values) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) values[i] = bits_to_float(chunk.words[i]);
+  }
+  static __device__ __forceinline__ Chunk pack(const float* values) {
+    Chunk chunk;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) chunk.words[i] = float_to_bits(values[i]);
+    return chunk;
+  }
+};
+
+template <class Element>
+constexpr int kPerChunk = Packing<Element>::kElements;
+
+// The four kinds of arithmetic. A slice is 128 bytes of the reduction: kDepth elements.
+struct MathBF16 {
+  using Element = BFloat16;
+  static constexpr bool kTensorCores = true;
+  static __device__ __forceinline__ void mma(float* d, const uint32_t* a, const uint32_t* b) { mma_bf16(d, a, b); }
+};
+struct MathF16 {
+  using Element = Float16;
+  static constexpr bool kTensorCores = true;
+  static __device__ __forceinline__ void mma(float* d, const uint32_t* a, const uint32_t* b) { mma_f16(d, a, b); }
+};
+// float32 rounded to ten bits of mantissa as the tensor cores take it.
+struct MathTF32 {
+  using Element = float;
+  static constexpr bool kTensorCores = true;
+  static __device__ __forceinline__ void mma(float* d, const uint32_t* a, const uint32_t* b) { mma_tf32(d, a, b); }
+};
+// float32 by fused multiply-add.
+struct MathF32 {
+  using Element = float;
+  static constexpr bool kTensorCores = false;
+};
+
+template <class Math>
+constexpr int kDepth = 128 / static_cast<int>(sizeof(typename Math::Element));
+
+} // namespace resnet_fused::cuda
