@@ -22,7 +22,7 @@ __device__ __forceinline__ void for_own_chunks(const Body& body) {
 template <class Element>
 __device__ __forceinline__ void load_values(const Element* source, int count, bool aligned, float* values) {
   if (aligned) {
-    Packing<Element>::unpack(*reinterpret_cast<const Chunk*>(source), values);
+    Packing<Element>::unpack(load_chunk(source), values);
     return;
   }
 #pragma unroll
@@ -32,7 +32,7 @@ __device__ __forceinline__ void load_values(const Element* source, int count, bo
 template <class Element>
 __device__ __forceinline__ void store_values(Element* target, int count, bool aligned, const float* values) {
   if (aligned) {
-    *reinterpret_cast<Chunk*>(target) = Packing<Element>::pack(values);
+    store_chunk(target, Packing<Element>::pack(values));
     return;
   }
 #pragma unroll
@@ -40,38 +40,6 @@ __device__ __forceinline__ void store_values(Element* target, int count, bool al
     if (i < count) from_float(values[i], target + i);
   }
 }
-
-// Row `row` of a per-channel table at kCount channels from `first` on; `otherwise` beyond the last one.
-template <int kCount>
-__device__ __forceinline__ void load_channels(const float* table, int row, int first, int channels, float otherwise,
-                                              float* values) {
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    values[i] = first + i < channels ? table[static_cast<int64_t>(row) * channels + first + i] : otherwise;
-  }
-}
-
-// The affine z = scale * (y - mean) + shift of some channels; the identity without a table.
-template <int kCount>
-struct Affine {
-  float mean[kCount], scale[kCount], shift[kCount];
-
-  __device__ __forceinline__ Affine(const float* moments, int first, int channels) {
-    if (moments == nullptr) {
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        mean[i] = shift[i] = 0.f;
-        scale[i] = 1.f;
-      }
-      return;
-    }
-    load_channels<kCount>(moments, kRowMean, first, channels, 0.f, mean);
-    load_channels<kCount>(moments, kRowScale, first, channels, 0.f, scale);
-    load_channels<kCount>(moments, kRowShift, first, channels, 0.f, shift);
-  }
-
-  __device__ __forceinline__ float operator()(int i, float y) const { return scale[i] * (y - mean[i]) + shift[i]; }
-};
 
 // Count, mean and M2 of each column of the first `rows` rows of a block, as `value(row, column)` gives them:
 // two passes over its own rows by each of the threads of a column, merged in order by Chan's formula.

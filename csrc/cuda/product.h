@@ -174,7 +174,7 @@ class FmaProduct {
   }
 
   static __device__ __forceinline__ void quad(float* values, const unsigned char* at) {
-    Packing<float>::unpack(*reinterpret_cast<const Chunk*>(at), values);
+    Packing<float>::unpack(load_chunk(at), values);
   }
 
   static __device__ __forceinline__ void load_a(float (*a)[4], const unsigned char* tile, int chunk) {

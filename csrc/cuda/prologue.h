@@ -77,16 +77,16 @@ __device__ __forceinline__ void apply_prologue(unsigned char* g_chunk, const uns
                                                const Coefficients<kPerChunk<Element>>& k, int prologue) {
   constexpr int kCount = kPerChunk<Element>;
   float dy[kCount];
-  Packing<Element>::unpack(*reinterpret_cast<const Chunk*>(g_chunk), dy);
+  Packing<Element>::unpack(load_chunk(g_chunk), dy);
 #pragma unroll
   for (int i = 0; i < kCount; ++i) dy[i] *= k.a[i];
   if (prologue == kBatchStatistics) {
     float y[kCount];
-    Packing<Element>::unpack(*reinterpret_cast<const Chunk*>(y_chunk), y);
+    Packing<Element>::unpack(load_chunk(y_chunk), y);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) dy[i] += k.b[i] * (y[i] - k.mean[i]) + k.c[i];
   }
-  *reinterpret_cast<Chunk*>(g_chunk) = Packing<Element>::pack(dy);
+  store_shared_16(g_chunk, Packing<Element>::pack(dy).words);
 }
 
 } // namespace resnet_fused::cuda

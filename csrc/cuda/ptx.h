@@ -28,6 +28,19 @@ __device__ __forceinline__ uint16_t float_to_bfloat16(float v) {
   return bits;
 }
 
+// Two at once: `low` in the low half.
+__device__ __forceinline__ uint32_t pack_halves(float low, float high) {
+  uint32_t bits;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  return bits;
+}
+
+__device__ __forceinline__ uint32_t pack_bfloat16s(float low, float high) {
+  uint32_t bits;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  return bits;
+}
+
 __device__ __forceinline__ uint32_t round_to_tf32(uint32_t bits) {
   uint32_t rounded;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(__uint_as_float(bits)));
@@ -36,6 +49,17 @@ __device__ __forceinline__ uint32_t round_to_tf32(uint32_t bits) {
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// Eight and sixteen bytes to shared memory in one access each: the compiler may split what it vectorised.
+__device__ __forceinline__ void store_shared_8(void* shared, float first, float second) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(shared_address(shared)), "f"(first), "f"(second) : "memory");
+}
+
+__device__ __forceinline__ void store_shared_16(void* shared, const uint32_t* words) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(shared)), "r"(words[0]), "r"(words[1]),
+               "r"(words[2]), "r"(words[3])
+               : "memory");
 }
 
 // Sixteen bytes from global to shared memory, past L1; zeros, and no access, where `present` is false.

@@ -17,7 +17,7 @@ enum StagingOrder : int {
 // no bank is hit twice.
 template <int kCount, class At>
 __device__ __forceinline__ void load_spread(const At& at, int column, float* values) {
-  const auto quad = [&](int c, float* out) { Packing<float>::unpack(*reinterpret_cast<const Chunk*>(at(c)), out); };
+  const auto quad = [&](int c, float* out) { Packing<float>::unpack(load_chunk(at(c)), out); };
   if constexpr (kCount == 4) {
     quad(column, values);
   } else {
@@ -46,14 +46,11 @@ class Staging {
   }
 
   __device__ __forceinline__ void store_pair(int row, int column, const float* values) const {
-    struct alignas(8) Pair {
-      float v[2];
-    };
-    *reinterpret_cast<Pair*>(at(row, column)) = Pair{{values[0], values[1]}};
+    store_shared_8(at(row, column), values[0], values[1]);
   }
 
   __device__ __forceinline__ void store_quad(int row, int column, const float* values) const {
-    *reinterpret_cast<Chunk*>(at(row, column)) = Packing<float>::pack(values);
+    store_shared_16(at(row, column), Packing<float>::pack(values).words);
   }
 
   // kCount values from `column` on, of a thread whose neighbour has the next kCount.

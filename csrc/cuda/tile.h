@@ -69,7 +69,7 @@ __device__ __forceinline__ void copy_chunk(unsigned char* shared, const Element*
   float values[kPerChunk<Element>];
 #pragma unroll
   for (int i = 0; i < kPerChunk<Element>; ++i) values[i] = i < count ? to_float(base[offset + i]) : 0.f;
-  *reinterpret_cast<Chunk*>(shared) = Packing<Element>::pack(values);
+  store_shared_16(shared, Packing<Element>::pack(values).words);
 }
 
 // Loads Along tiles of kExtent rows, always the same rows: their offsets are kept.

@@ -13,9 +13,27 @@ struct Float16 {
 };
 
 // Sixteen bytes: the unit of every copy between global and shared memory.
-struct alignas(16) Chunk {
+struct Chunk {
   uint32_t words[4];
 };
+
+// One access of sixteen bytes; a structure's members would be read or written one by one.
+__device__ __forceinline__ Chunk load_chunk(const void* from) {
+#if defined(__CUDACC__)
+  const uint4 v = *static_cast<const uint4*>(from);
+  return {{v.x, v.y, v.z, v.w}};
+#else
+  return *static_cast<const Chunk*>(from);
+#endif
+}
+
+__device__ __forceinline__ void store_chunk(void* to, const Chunk& chunk) {
+#if defined(__CUDACC__)
+  *static_cast<uint4*>(to) = make_uint4(chunk.words[0], chunk.words[1], chunk.words[2], chunk.words[3]);
+#else
+  *static_cast<Chunk*>(to) = chunk;
+#endif
+}
 
 __device__ __forceinline__ float to_float(float v) { return v; }
 __device__ __forceinline__ float to_float(BFloat16 v) { return bits_to_float(static_cast<uint32_t>(v.bits) << 16); }
@@ -33,6 +51,9 @@ __device__ __forceinline__ Element stored(float v) {
   return e;
 }
 
+__device__ __forceinline__ uint32_t pack_pair(BFloat16, float low, float high) { return pack_bfloat16s(low, high); }
+__device__ __forceinline__ uint32_t pack_pair(Float16, float low, float high) { return pack_halves(low, high); }
+
 // A chunk as floats and back.
 template <class Element>
 struct Packing {
@@ -48,10 +69,7 @@ struct Packing {
   static __device__ __forceinline__ Chunk pack(const float* values) {
     Chunk chunk;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const uint32_t low = stored<Element>(values[2 * i]).bits, high = stored<Element>(values[2 * i + 1]).bits;
-      chunk.words[i] = low | high << 16;
-    }
+    for (int i = 0; i < 4; ++i) chunk.words[i] = pack_pair(Element{}, values[2 * i], values[2 * i + 1]);
     return chunk;
   }
 };

@@ -135,3 +135,15 @@ def run(
             flat = torch.frombuffer(bytearray(raw[start : start + size]), dtype=tensor.dtype)
             tensor.copy_(flat.view(tensor.shape))
             start += size
+
+
+def plan(
+    x_shape: Sequence[int], k: int, stride: tuple[int, int], element_bytes: int, reads_y: bool, multiprocessors: int
+) -> tuple[int, int, int, int]:
+    """What csrc/cuda/plan.h chooses: columns of fwd, dgrad and wgrad, and the splits of wgrad."""
+    n, c, h, w = x_shape
+    p, q = -(-h // stride[0]), -(-w // stride[1])
+    values = (n, c, h, w, k, p, q, *stride, element_bytes, int(reads_y), multiprocessors)
+    command = [build("bf16"), "plan", *map(str, values)]
+    fwd, dgrad, wgrad, splits = map(int, subprocess.run(command, capture_output=True, check=True).stdout.split())
+    return fwd, dgrad, wgrad, splits

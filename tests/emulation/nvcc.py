@@ -17,6 +17,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -69,24 +70,26 @@ def missing_tools() -> str:
 
 @functools.cache
 def compile_to(math: str, target: str, kind: str) -> Path:
-    """The kernels of one kind of arithmetic as ``cubin`` or ``ptx``.
+    """The kernels of one kind of arithmetic as ``cubin`` or ``ptx``; one run of nvcc makes both.
 
     Raises:
         RuntimeError: nvcc fails; its output is the message.
     """
-    digest = hashlib.sha256(repr((math, target, kind, _toolkit())).encode())
+    digest = hashlib.sha256(repr((math, target, _toolkit())).encode())
     for path in sorted(device.SOURCES.iterdir()):
         digest.update(path.read_bytes())
     made = device.CACHE / f"{math}-{target}-{digest.hexdigest()[:16]}.{kind}"
     if not made.exists():
         device.CACHE.mkdir(parents=True, exist_ok=True)
-        partial = made.with_suffix(f".{os.getpid()}")
-        flags = ["-std=c++17", "-O3", f"-arch={target}", f"-{kind}", *cuda_build.math_flags(math)]
-        command = [str(_toolkit().nvcc), *flags, str(device.SOURCES / cuda_build.KERNELS), "-o", str(partial)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(done.stdout + done.stderr)
-        os.replace(partial, made)
+        with tempfile.TemporaryDirectory(dir=device.CACHE) as scratch:
+            flags = ["-std=c++17", "-O3", f"-arch={target}", "-cubin", "--keep", f"--keep-dir={scratch}"]
+            source, cubin = str(device.SOURCES / cuda_build.KERNELS), f"{scratch}/projection.cubin"
+            command = [str(_toolkit().nvcc), *flags, *cuda_build.math_flags(math), source, "-o", cubin]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(done.stdout + done.stderr)
+            for suffix in (".ptx", ".cubin"):
+                os.replace(f"{scratch}/projection{suffix}", made.with_suffix(suffix))
     return made
 
 

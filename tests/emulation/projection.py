@@ -127,9 +127,7 @@ def on_device(
     """A launcher on the emulated device; activations and weights lie ``beyond`` bytes off an aligned address."""
     program = device.build(math, variant, edits)
 
-    def launch(
-        operation: str, fields: Sequence[int], tensors: Sequence[Tensor | None], outputs: Sequence[int]
-    ) -> None:
+    def launch(operation: str, fields: Sequence[int], tensors: Sequence[Tensor | None], outputs: Sequence[int]) -> None:
         # Tables of floats are always whole floats.
         offsets = [0 if t is None or beyond == 0 else max(beyond, t.element_size()) for t in tensors]
         device.run(program, operation, fields, tensors, outputs, offsets, seed)

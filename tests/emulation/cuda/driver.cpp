@@ -1,7 +1,8 @@
 // Runs one launch on the emulated device: driver CASE OUTPUTS. CASE holds int64 fields in the order of Field,
 // the number of tensors, then for each tensor: its bytes, the bytes it lies beyond an aligned address, 1 where
 // data follows (else it is an output, filled with 0xFF), and the data. A tensor of 0 bytes is a null pointer.
-// OUTPUTS gets the outputs' bytes, one after another. Without arguments it prints the shared memory of each kernel.
+// OUTPUTS gets the outputs' bytes, one after another. Without arguments it prints the shared memory of each kernel;
+// driver plan N C H W K P Q STRIDE_H STRIDE_W BYTES READS_Y MULTIPROCESSORS prints the plan's choices.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -96,7 +97,21 @@ int print_shared_bytes() {
   return 0;
 }
 
+int print_plan(char** text) {
+  using namespace resnet_fused::cuda;
+  int64_t v[12];
+  for (int i = 0; i < 12; ++i) v[i] = std::atoll(text[i]);
+  const auto at = [&](int i) { return static_cast<int>(v[i]); };
+  const Geometry shape{v[0] * v[5] * v[6], at(1), at(4), at(2), at(3), at(5), at(6), at(7), at(8)};
+  const int64_t row_tiles = tiles_of(shape.rows, 128);
+  const WgradPlan wgrad = choose_wgrad_plan(shape, at(9), v[10] != 0, at(11));
+  std::printf("%d %d %d %d\n", choose_block_columns(row_tiles, shape.K, at(11)),
+              choose_block_columns(row_tiles, shape.C, at(11)), wgrad.block_columns, wgrad.splits);
+  return 0;
+}
+
 int main(int count, char** arguments) {
+  if (count == 14 && std::strcmp(arguments[1], "plan") == 0) return print_plan(arguments + 2);
   if (count == 1) return print_shared_bytes();
   FILE* file = open_file(arguments[1], "rb");
   int64_t fields[kFields];

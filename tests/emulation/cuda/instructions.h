@@ -44,8 +44,27 @@ inline uint16_t float_to_bfloat16(float v) {
   return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
 }
 
+inline uint32_t pack_halves(float low, float high) {
+  return static_cast<uint32_t>(float_to_half(high)) << 16 | float_to_half(low);
+}
+
+inline uint32_t pack_bfloat16s(float low, float high) {
+  return static_cast<uint32_t>(float_to_bfloat16(high)) << 16 | float_to_bfloat16(low);
+}
+
 inline uint32_t round_to_tf32(uint32_t bits) {
   return (bits & 0x7f800000u) == 0x7f800000u ? bits : (bits + 0x1000u) & 0xffffe000u; // ties away from zero
+}
+
+inline void store_shared_8(void* shared, float first, float second) {
+  if (reinterpret_cast<uintptr_t>(shared) % 8 != 0) fail("st.shared.v2: misaligned address");
+  const float values[2] = {first, second};
+  std::memcpy(shared, values, 8);
+}
+
+inline void store_shared_16(void* shared, const uint32_t* words) {
+  if (reinterpret_cast<uintptr_t>(shared) % 16 != 0) fail("st.shared.v4: misaligned address");
+  std::memcpy(shared, words, 16);
 }
 
 inline void cp_async(void* shared, const void* global, int bytes, bool present) {
