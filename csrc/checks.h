@@ -65,10 +65,12 @@ inline ScalarType opmath(ScalarType dtype) {
   return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+enum Device : int { kCPU, kCUDA };
+
 // The arguments of one call of one op.
 class Checker {
  public:
-  explicit Checker(const char* op) : op_(op) {}
+  explicit Checker(const char* op, Device device = kCPU) : op_(op), device_(device) {}
 
   template <class Expected, class Got>
   void require(bool condition, const char* argument, const Expected& expected, const Got& got) const {
@@ -79,7 +81,11 @@ class Checker {
   }
 
   void device(const char* argument, const Tensor& t) const {
-    require(t.is_cpu(), argument, "a CPU tensor", "a tensor on another device");
+    if (device_ == kCPU) {
+      require(t.is_cpu(), argument, "a CPU tensor", "a tensor on another device");
+    } else {
+      require(t.is_cuda(), argument, "a CUDA tensor", "a tensor on another device");
+    }
   }
 
   void dtype(const char* argument, const Tensor& t, ScalarType expected) const {
@@ -140,6 +146,7 @@ class Checker {
 
  private:
   const char* op_;
+  Device device_;
 };
 
 } // namespace resnet_fused

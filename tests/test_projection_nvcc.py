@@ -1,4 +1,4 @@
-"""The projection's CUDA kernels as nvcc compiles them: resources, instructions, compiled PTX executed, bytes counted."""
+"""The projection's CUDA kernels as nvcc compiles them: resources, compiled PTX executed, bytes counted."""
 
 from __future__ import annotations
 

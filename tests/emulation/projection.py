@@ -1,4 +1,4 @@
-"""The projection's primitives over a launcher of its CUDA kernels: signatures of `resnet_fused.reference_projection`."""
+"""The projection over a launcher of its CUDA kernels, with the signatures of `resnet_fused.reference_projection`."""
 
 from __future__ import annotations
 

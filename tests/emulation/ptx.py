@@ -64,8 +64,8 @@ def launch(
         lanes_per_chunk: how many threads run in lock-step; ``threads`` where blocks loop differently often.
 
     Returns:
-        Counts: instructions by opcode, bytes (also each once) and 32-byte sectors of global memory read and written, cycles of
-        shared memory and what they would be without bank conflicts, barriers.
+        Counts: instructions by opcode, bytes (also each once) and 32-byte sectors of global memory read and written,
+        cycles of shared memory and what they would be without bank conflicts, barriers.
 
     Raises:
         PTXError: see the module.

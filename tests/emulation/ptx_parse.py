@@ -148,7 +148,7 @@ def parse(text: str, name: str = "") -> Kernel:
     """The first kernel of a PTX module whose (mangled) name contains ``name``.
 
     Raises:
-        PTXError: there is none, or something that the emulator does not know, such as initialised globals or local memory.
+        PTXError: there is none, or something that the emulator does not know: initialised globals, local memory.
     """
     text = re.sub(r"//[^\n]*", "", re.sub(r"/\*.*?\*/", "", text, flags=re.DOTALL))
     target = re.search(r"\.target\s+sm_(\d+)", text)
