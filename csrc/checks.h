@@ -83,9 +83,12 @@ class Checker {
   void device(const char* argument, const Tensor& t) const {
     if (device_ == kCPU) {
       require(t.is_cpu(), argument, "a CPU tensor", "a tensor on another device");
-    } else {
-      require(t.is_cuda(), argument, "a CUDA tensor", "a tensor on another device");
+      return;
     }
+    require(t.is_cuda(), argument, "a CUDA tensor", "a tensor on another device");
+    const int32_t index = t.get_device_index();
+    if (index_ < 0) index_ = index;
+    require(index == index_, argument, "a tensor on cuda:" + std::to_string(index_), "cuda:" + std::to_string(index));
   }
 
   void dtype(const char* argument, const Tensor& t, ScalarType expected) const {
@@ -147,6 +150,7 @@ class Checker {
  private:
   const char* op_;
   Device device_;
+  mutable int32_t index_ = -1; // of the first tensor's device, CUDA
 };
 
 } // namespace resnet_fused

@@ -105,6 +105,40 @@ def arch_flags(requested: str, known: frozenset[str]) -> tuple[list[str], list[s
     return flags, left_out
 
 
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """Whether the CUDA library is built, and how; ``refusal`` says why it is not, if so."""
+
+    mode: str
+    refusal: str | None = None
+    toolkit: Toolkit | None = None
+    flags: tuple[str, ...] = ()
+    archs: str = "none"
+
+
+def choose(mode: str, obstacle: str | None, torch_cuda: str | None, torch_root: Path) -> Choice:
+    """What RESNET_FUSED_BUILD_CUDA=``mode`` comes to.
+
+    Args:
+        obstacle: why the CPU library, which holds the schemas, is not built, or None.
+
+    Raises:
+        ValueError: TORCH_CUDA_ARCH_LIST is malformed.
+    """
+    if mode == "0":
+        return Choice(mode, "RESNET_FUSED_BUILD_CUDA=0")
+    if obstacle:
+        return Choice(mode, f"it needs the CPU library: {obstacle}")
+    found = find_toolkit(torch_cuda, torch_root)
+    if isinstance(found, str):
+        return Choice(mode, found)
+    requested = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS
+    flags, left_out = arch_flags(requested, found.archs())
+    archs = f"{requested}; left out: {', '.join(left_out)}" if left_out else requested
+    refusal = None if flags else f"no architecture is left of TORCH_CUDA_ARCH_LIST={archs}"
+    return Choice(mode, refusal, found, tuple(flags), archs)
+
+
 def math_flags(math: str) -> list[str]:
     """What makes `KERNELS` the kernels of one kind of arithmetic."""
     return [f"-DRESNET_FUSED_MATH={math}", f"-DRESNET_FUSED_MATH_TYPE=resnet_fused::cuda::{MATHS[math]}"]

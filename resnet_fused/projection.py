@@ -42,10 +42,9 @@ def load_cuda() -> str | None:
     package = Path(__file__).resolve().parent
     libraries = sorted(package.glob("_cuda*.so"))
     if not libraries:
-        return (
-            f"the CUDA library is not built (no _cuda*.so in {package}); reinstall with nvcc and "
-            "--no-build-isolation, and see the configuration that setup.py prints"
-        )
+        note = package / "_cuda_refusal.txt"
+        said = note.read_text(encoding="utf-8").strip() if note.exists() else f"no _cuda*.so in {package}"
+        return f"the CUDA library is not built: {said}"
     try:
         torch.ops.load_library(str(libraries[0]))
     except (OSError, RuntimeError) as error:
