@@ -28,7 +28,8 @@ class ProjectionChecker : public Checker {
     if (H < 1 || W < 1) require(false, argument, "H and W >= 1", shape_name({N, C, H, W}));
     const ProjectionSizes s{N, C, H, W, K, (H - 1) / stride[0] + 1, (W - 1) / stride[1] + 1, {stride[0], stride[1]}};
     constexpr int64_t kMost = (int64_t{1} << 31) - 128;
-    require(std::max({N * H * W, C, K}) < kMost, argument, "N * H * W, C and K below 2^31 - 128", shape_name({N, C, H, W}));
+    require(std::max({N * H * W, C, K}) < kMost, argument, "N * H * W, C and K below 2^31 - 128",
+            shape_name({N, C, H, W}));
     return s;
   }
 

@@ -84,8 +84,15 @@ _projection_dgrad: Callable[..., Any] = _missing
 _projection_wgrad: Callable[..., Any] = _missing
 
 
+def _convolutions_allow_tf32() -> bool:
+    """CuDNN's setting for convolutions; tracing knows its older name only, which must then not contradict it."""
+    if torch.compiler.is_compiling():
+        return torch.backends.cudnn.allow_tf32
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+
+
 def _allows_tf32(t: Tensor) -> bool:
-    return t.is_cuda and t.dtype == torch.float32 and torch.backends.cudnn.allow_tf32
+    return t.is_cuda and t.dtype == torch.float32 and _convolutions_allow_tf32()
 
 
 def projection_fwd(

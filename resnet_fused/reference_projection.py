@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 from .reference import Pair, bn_bwd_apply, bn_bwd_finalize, bn_stats, opmath
 
@@ -87,7 +88,7 @@ def projection_dgrad(
     Equivalent to: ``torch.nn.grad.conv2d_input(size, weight, dy, stride) + add``
     """
     dy = _gradient(g, y, moments, sums)
-    dx = torch.nn.grad.conv2d_input((g.shape[0], weight.shape[1], *size), weight, dy, stride)
+    dx = conv2d_input((g.shape[0], weight.shape[1], *size), weight, dy, stride)
     return dx if add is None else dx + add
 
 
@@ -108,6 +109,6 @@ def projection_wgrad(
     Equivalent to: ``torch.nn.grad.conv2d_weight(x, (K, C, 1, 1), dy, stride)`` and ``dy.sum((0, 2, 3))``
     """
     dy = _gradient(g, y, moments, sums)
-    dweight = torch.nn.grad.conv2d_weight(x, (g.shape[1], x.shape[1], 1, 1), dy, stride)
+    dweight = conv2d_weight(x, (g.shape[1], x.shape[1], 1, 1), dy, stride)
     wide = dy.to(opmath(dy.dtype))
     return dweight.to(dtype), wide.sum((0, 2, 3)) if bias else wide.new_empty(0)

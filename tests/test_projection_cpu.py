@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -176,3 +177,22 @@ def test_says_why_it_is_unavailable():
     assert projection.unavailable(torch.device("cuda"), torch.float64) == "no CUDA kernels for torch.float64"
     if not torch.cuda.is_available():
         assert projection.unavailable(torch.device("cuda"), torch.float16)
+
+
+def test_float32_on_cuda_follows_cudnns_setting_also_when_compiled():
+    fake = mock.Mock(is_cuda=True, dtype=torch.float32)
+    before = torch.backends.cudnn.allow_tf32
+    try:
+        for allowed in (False, True):
+            torch.backends.cudnn.allow_tf32 = allowed
+            assert projection._allows_tf32(fake) == allowed
+            assert not projection._allows_tf32(mock.Mock(is_cuda=True, dtype=torch.bfloat16))
+
+            def scaled(x: torch.Tensor) -> torch.Tensor:
+                return x * (2 if projection._convolutions_allow_tf32() else 3)
+
+            torch.compiler.reset()
+            compiled = torch.compile(scaled, fullgraph=True, backend="eager")
+            assert compiled(torch.ones(1)).item() == (2 if allowed else 3)
+    finally:
+        torch.backends.cudnn.allow_tf32 = before

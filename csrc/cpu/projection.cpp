@@ -76,7 +76,8 @@ std::tuple<Tensor, Tensor> projection_fwd(const Tensor& x_any, const Tensor& wei
                                           const OptionalTensor& add_any, const OptionalTensor& add_moments, bool relu,
                                           bool) {
   const ProjectionChecker check("projection_fwd");
-  const auto s = check_projection_fwd(check, x_any, weight_any, bias, stride, stats, moments, add_any, add_moments, relu);
+  const auto s =
+      check_projection_fwd(check, x_any, weight_any, bias, stride, stats, moments, add_any, add_moments, relu);
   const ScalarType dtype = x_any.scalar_type(), wide = opmath(dtype);
   const Tensor x = dense(x_any);
   const OptionalTensor add = dense(add_any);

@@ -59,7 +59,10 @@ class Scratch {
 class Block {
  public:
   Block(const Tensor& t, const ProjectionSizes& s, int64_t columns, int planes)
-      : isa(kernels()), dtype(dtype_of(t)), element(t.element_size()), is_wide(t.scalar_type() == opmath(t.scalar_type())) {
+      : isa(kernels()),
+        dtype(dtype_of(t)),
+        element(t.element_size()),
+        is_wide(t.scalar_type() == opmath(t.scalar_type())) {
     const int64_t lanes = isa.vector_bytes / opmath_bytes();
     args.channels = columns;
     args.plane = (columns + lanes - 1) / lanes * lanes;

@@ -103,7 +103,8 @@ __device__ __forceinline__ void dgrad_write(const DgradArgs& args, int row, int 
 }
 
 template <class Math, int kColumns>
-__global__ void __launch_bounds__(kThreads, kBackwardBlocks<Math, kColumns>) projection_dgrad_kernel(const DgradArgs args) {
+__global__ void __launch_bounds__(kThreads, kBackwardBlocks<Math, kColumns>)
+    projection_dgrad_kernel(const DgradArgs args) {
   using Product = Product<Math, kAlong, kAcross, kColumns>;
   CU_DYNAMIC_SHARED(shared);
   const int column_tiles = (args.shape.C + kColumns - 1) / kColumns;

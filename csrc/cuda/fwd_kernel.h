@@ -115,7 +115,9 @@ __device__ __forceinline__ void fwd_write(const FwdArgs& args, int row, int colu
       float add[kCount];
       load_values(static_cast<const Element*>(args.add) + at, K - own, args.out_aligned, add);
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) values[i] += args.add_moments != nullptr ? k.affine(kAddMean, i, add[i]) : add[i];
+      for (int i = 0; i < kCount; ++i) {
+        values[i] += args.add_moments != nullptr ? k.affine(kAddMean, i, add[i]) : add[i];
+      }
     }
     if (args.relu) {
 #pragma unroll

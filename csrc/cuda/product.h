@@ -82,7 +82,9 @@ class TensorProduct {
       ldmatrix_transposed(a, tile + across_offset<Element, kBlockRows>(at, row / 8 + lane / 8 % 2));
     } else {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) a[i] = word<kBlockRows>(tile, step * kStep + lane % 4 + 4 * (i / 2), row + lane / 4 + 8 * (i % 2));
+      for (int i = 0; i < 4; ++i) {
+        a[i] = word<kBlockRows>(tile, step * kStep + lane % 4 + 4 * (i / 2), row + lane / 4 + 8 * (i % 2));
+      }
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) a[i] = as_operand(a[i]);
@@ -97,7 +99,9 @@ class TensorProduct {
       ldmatrix_transposed(b, tile + across_offset<Element, kColumns>(step * kStep + lane % 16, column / 8 + lane / 16));
     } else {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) b[i] = word<kColumns>(tile, step * kStep + lane % 4 + 4 * (i % 2), column + lane / 4 + 8 * (i / 2));
+      for (int i = 0; i < 4; ++i) {
+        b[i] = word<kColumns>(tile, step * kStep + lane % 4 + 4 * (i % 2), column + lane / 4 + 8 * (i / 2));
+      }
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) b[i] = as_operand(b[i]);

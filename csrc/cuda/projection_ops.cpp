@@ -19,7 +19,8 @@ namespace {
 // The device of an op's tensors as the current one, its stream, and what the plan asks of it.
 class Call {
  public:
-  explicit Call(const Tensor& t) : index_(t.get_device_index()), guard_(index_), multiprocessors_(multiprocessors(index_)) {
+  explicit Call(const Tensor& t)
+      : index_(t.get_device_index()), guard_(index_), multiprocessors_(multiprocessors(index_)) {
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream_));
   }
 

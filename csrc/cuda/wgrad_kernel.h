@@ -55,7 +55,9 @@ __device__ __forceinline__ float wgrad_main_loop(const WgradArgs& args, const Sp
   const DenseRows dense{rows, K};
   const GatheredRows gathered{args.shape};
   float* table = reinterpret_cast<float*>(shared + Shared::kTable);
-  const auto stage_of = [&](int slice) { return shared + (slice - split.begin) % Shared::kStages * Shared::kStageBytes; };
+  const auto stage_of = [&](int slice) {
+    return shared + (slice - split.begin) % Shared::kStages * Shared::kStageBytes;
+  };
   const auto load = [&](int slice) {
     if (slice < split.end) {
       const int step = slice * kDepth<Math>;
@@ -114,7 +116,8 @@ __device__ __forceinline__ void wgrad_write(Target* target, const Geometry& s, i
 }
 
 template <class Math, int kColumns>
-__global__ void __launch_bounds__(kThreads, kBackwardBlocks<Math, kColumns>) projection_wgrad_kernel(const WgradArgs args) {
+__global__ void __launch_bounds__(kThreads, kBackwardBlocks<Math, kColumns>)
+    projection_wgrad_kernel(const WgradArgs args) {
   using Element = typename Math::Element;
   using Product = Product<Math, kAcross, kAcross, kColumns>;
   CU_DYNAMIC_SHARED(shared);
@@ -145,7 +148,9 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<Math, kColumns>) pro
     wgrad_write<Element, kColumns>(static_cast<Element*>(args.dw), s, channel, column, args.dw_aligned, staging);
   }
   const int own = static_cast<int>(threadIdx.x);
-  if (want_sums && own < kBlockRows && channel + own < s.K) dbias[channel + own] = halves[own] + halves[own + kBlockRows];
+  if (want_sums && own < kBlockRows && channel + own < s.K) {
+    dbias[channel + own] = halves[own] + halves[own + kBlockRows];
+  }
 }
 
 // Adds the parts of dw, and of dbias, in their order.

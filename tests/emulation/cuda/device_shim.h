@@ -11,7 +11,8 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define CU_LAUNCH(kernel, grid, block, shared, stream, ...) \
   ((void)(stream), device_shim::launch(grid, block, shared, [=] { kernel(__VA_ARGS__); }))
-#define CU_DYNAMIC_SHARED(name) unsigned char* name = reinterpret_cast<unsigned char*>(device_shim::current->block->shared)
+#define CU_DYNAMIC_SHARED(name) \
+  unsigned char* name = reinterpret_cast<unsigned char*>(device_shim::current->block->shared)
 #define threadIdx (device_shim::current->thread)
 #define blockIdx (device_shim::current->block->index)
 #define blockDim (device_shim::current->block->size)

@@ -62,7 +62,9 @@ int launch(const int64_t* f, const std::vector<Blob>& t) {
                        static_cast<int>(f[kH]),      static_cast<int>(f[kW]), static_cast<int>(f[kP]),
                        static_cast<int>(f[kQ]),      static_cast<int>(f[kStrideH]), static_cast<int>(f[kStrideW])};
   const int bytes = static_cast<int>(f[kElementBytes]), columns = static_cast<int>(f[kBlockColumns]);
-  const auto whole = [&](int i, int64_t extent) { return t[i].data == nullptr || is_whole_chunks(t[i].data, extent, bytes); };
+  const auto whole = [&](int i, int64_t extent) {
+    return t[i].data == nullptr || is_whole_chunks(t[i].data, extent, bytes);
+  };
   const auto floats = [&](int i) { return reinterpret_cast<float*>(t[i].data); };
   const Launchers& own = RESNET_FUSED_MATH::launchers();
   if (f[kOp] == kFwd) {

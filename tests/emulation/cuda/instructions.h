@@ -108,7 +108,8 @@ SHIM_UNSEEN void deal_matrices(void* const* operands) {
     for (unsigned m = 0; m < 4; ++m) {
       uint32_t pair = 0;
       for (unsigned j = 0; j < 2; ++j) {
-        const unsigned row = kTransposed ? lane % 4 * 2 + j : lane / 4, column = kTransposed ? lane / 4 : lane % 4 * 2 + j;
+        const unsigned long_way = lane % 4 * 2 + j, short_way = lane / 4;
+        const unsigned row = kTransposed ? long_way : short_way, column = kTransposed ? short_way : long_way;
         pair |= static_cast<uint32_t>(static_cast<const MatrixRows*>(operands[8 * m + row])->row[column]) << (16 * j);
       }
       static_cast<MatrixRows*>(operands[lane])->registers[m] = pair;
@@ -155,7 +156,9 @@ SHIM_UNSEEN void multiply_matrices(void* const* operands) {
     const auto* own = static_cast<const MultiplyOperands*>(operands[lane]);
     const unsigned group = lane / 4, within = lane % 4;
     for (unsigned i = 0; i < kPer; ++i) {
-      for (unsigned r = 0; r < 4; ++r) a[group + 8 * (r % 2)][within * kPer + i + 4 * kPer * (r / 2)] = Decode::at(own->a[r], i);
+      for (unsigned r = 0; r < 4; ++r) {
+        a[group + 8 * (r % 2)][within * kPer + i + 4 * kPer * (r / 2)] = Decode::at(own->a[r], i);
+      }
       for (unsigned r = 0; r < 2; ++r) b[within * kPer + i + 4 * kPer * r][group] = Decode::at(own->b[r], i);
     }
   }
