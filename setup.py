@@ -1,11 +1,15 @@
-"""Builds the CPU library of resnet_fused; `pyproject.toml` holds everything else.
+"""Builds the CPU and CUDA libraries of resnet_fused; `pyproject.toml` holds everything else.
 
-The library is C++ on the libtorch stable ABI: one build serves every CPython from 3.10 on and every
-torch from 2.11 on. Without a compiler or without torch the package installs as pure Python, and the
-reason is printed. Environment:
+The libraries are C++ on the libtorch stable ABI: one build serves every CPython from 3.10 on and every
+torch from 2.11 on (the CUDA library: every one for the same major version of CUDA). Without a compiler or
+without torch the package installs as pure Python, without nvcc or with a CPU-only torch as CPU library
+alone, and the reason is printed; a CUDA library that fails to build never breaks the install. Environment:
 
     RESNET_FUSED_BUILD_CPU   auto (default): build if possible; 0: do not; 1: fail if it cannot be built
-    CXX, MAX_JOBS            the compiler; how many of them run at once (default: one per core)
+    RESNET_FUSED_BUILD_CUDA  the same for the CUDA library, which needs the CPU library
+    TORCH_CUDA_ARCH_LIST     what nvcc compiles for (default: see csrc/cuda_build.py)
+    CXX, CUDA_HOME           the compiler; the toolkit
+    MAX_JOBS                 how many compilers run at once (default: one per core)
     DEBUG                    1: no optimisation, with debug information
 
 Quick rebuild in place: ``python setup.py build_ext --inplace``.
@@ -27,6 +31,9 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
+sys.path.insert(0, str(Path(__file__).resolve().parent / "csrc"))
+import cuda_build
+
 CSRC = Path("csrc")
 KERNELS = CSRC / "cpu" / "kernels.cpp"
 OLDEST_TORCH = (2, 11)
@@ -39,6 +46,8 @@ X86_FLAGS = {
 # GCC 12 takes the undefined operands of its own AVX-512 intrinsics for a mistake of ours.
 WARNINGS = ["-Wall", "-Wextra", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 
+UNDECIDED = cuda_build.Choice("auto", "not configured")
+
 
 @dataclasses.dataclass
 class Config:
@@ -50,6 +59,7 @@ class Config:
     torch_version: str = "none"
     torch_root: Path = Path()
     refusal: str | None = None
+    cuda: cuda_build.Choice = UNDECIDED
 
     @property
     def isa_flags(self) -> dict[str, list[str]]:
@@ -79,13 +89,25 @@ class Config:
         shared = ["-dynamiclib", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
         return [*shared, "-L", str(self.torch_root / "lib"), "-ltorch_cpu"]
 
+    def nvcc_flags(self) -> list[str]:
+        """Flags of every CUDA source; the host compiler is the one that compiles everything else."""
+        optimise = ["-O1", "-g"] if self.debug else ["-O3"]
+        host = ["-ccbin", self.compiler[0], "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+        return ["-std=c++17", *optimise, *host, *self.cuda.flags]
+
     def describe(self) -> str:
         """The whole configuration, one item a line."""
         library = f"not built: {self.refusal}" if self.refusal else "built"
+        cuda_library = f"not built: {self.cuda.refusal}" if self.cuda.refusal else "built"
+        toolkit = self.cuda.toolkit
         rows = {
             "CPU library": library,
+            "CUDA library": cuda_library,
             "RESNET_FUSED_BUILD_CPU": self.mode,
+            "RESNET_FUSED_BUILD_CUDA": self.cuda.mode,
             "compiler": shlex.join(self.compiler) or "none",
+            "nvcc": f"{toolkit.nvcc} (CUDA {toolkit.version}, {toolkit.runtime})" if toolkit else "none",
+            "CUDA architectures": self.cuda.archs,
             "ninja": self.ninja or "none",
             "torch": f"{self.torch_version} (stable ABI of {'.'.join(map(str, OLDEST_TORCH))})",
             "Python": f"{platform.python_version()} (abi3 of 3.10)",
@@ -96,6 +118,8 @@ class Config:
         }
         if not self.refusal:
             rows |= {"compile flags": shlex.join(self.compile_flags()), "link flags": shlex.join(self.link_flags())}
+        if not self.cuda.refusal:
+            rows["nvcc flags"] = shlex.join(self.nvcc_flags())
         return "\n".join(["resnet_fused build configuration", *(f"  {key}: {value}" for key, value in rows.items())])
 
 
@@ -111,22 +135,30 @@ def find_compiler() -> tuple[list[str], str | None]:
     return [], f"no C++ compiler found ({source} not on the path)"
 
 
-def configure() -> Config:
-    """Read the environment and see what can be built; raises SystemExit when mode is 1 and it cannot be."""
-    mode = os.environ.get("RESNET_FUSED_BUILD_CPU", "auto")
+def read_mode(variable: str) -> str:
+    """The variable's auto, 0 or 1; raises SystemExit if it is something else."""
+    mode = os.environ.get(variable, "auto")
     if mode not in ("auto", "0", "1"):
-        raise SystemExit(f"setup.py: RESNET_FUSED_BUILD_CPU: expected auto, 0 or 1, got {mode}")
+        raise SystemExit(f"setup.py: {variable}: expected auto, 0 or 1, got {mode}")
+    return mode
+
+
+def configure() -> Config:
+    """Read the environment and see what can be built; raises SystemExit when a mode is 1 and it cannot be."""
+    mode = read_mode("RESNET_FUSED_BUILD_CPU")
     compiler, refusal = find_compiler()
     ninja = find_ninja()
     if ninja is None:
         refusal = refusal or "no ninja found (not on the path, and the Python package is not installed)"
     config = Config(mode, compiler, ninja or "", refusal=refusal)
+    torch_cuda = None
     try:
         import torch
     except ImportError as error:
         config.refusal = refusal or f"torch cannot be imported ({error}); install with --no-build-isolation"
     else:
         config.torch_version, config.torch_root = torch.__version__, Path(torch.__file__).parent
+        torch_cuda = torch.version.cuda
         if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
             config.refusal = refusal or f"torch {torch.__version__} is older than {'.'.join(map(str, OLDEST_TORCH))}"
     if sys.platform == "win32":
@@ -135,6 +167,15 @@ def configure() -> Config:
         config.refusal = "RESNET_FUSED_BUILD_CPU=0"
     if mode == "1" and config.refusal:
         raise SystemExit(f"setup.py: RESNET_FUSED_BUILD_CPU=1, but the CPU library cannot be built: {config.refusal}")
+    try:
+        config.cuda = cuda_build.choose(
+            read_mode("RESNET_FUSED_BUILD_CUDA"), config.refusal, torch_cuda, config.torch_root
+        )
+    except ValueError as error:
+        raise SystemExit(f"setup.py: {error}") from None
+    if config.cuda.mode == "1" and config.cuda.refusal:
+        reason = config.cuda.refusal
+        raise SystemExit(f"setup.py: RESNET_FUSED_BUILD_CUDA=1, but the CUDA library cannot be built: {reason}")
     return config
 
 
@@ -154,6 +195,16 @@ class BuildNative(build_ext):
 
     config: Config
 
+    def run(self) -> None:
+        """Build the libraries, and leave a note of why there is no CUDA library, for ``resnet-fused doctor``."""
+        super().run()
+        note = Path(self.get_ext_fullpath("resnet_fused._cuda")).parent / "_cuda_refusal.txt"
+        if self.config.cuda.refusal:
+            note.parent.mkdir(parents=True, exist_ok=True)
+            note.write_text(self.config.cuda.refusal + "\n", encoding="utf-8")
+        else:
+            note.unlink(missing_ok=True)
+
     def build_extension(self, ext: Extension) -> None:
         """Build one library; raises CompileError, which only prints where the extension is optional."""
         folder = Path(self.build_temp).resolve() / ext.name
@@ -165,28 +216,52 @@ class BuildNative(build_ext):
         command = [self.config.ninja, "-f", str(rules), "-j", str(self.config.jobs)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
+            if ext.name.endswith("_cuda"):
+                target.unlink(missing_ok=True)  # one of an older build would be loaded in its place
+                reason = f"its build failed: {(done.stdout + done.stderr).strip()[-500:]}"
+                self.config.cuda = dataclasses.replace(self.config.cuda, refusal=reason)
             raise CompileError(f"{shlex.join(command)}\n{done.stdout}{done.stderr}")
 
+    def _jobs(self, ext: Extension) -> list[tuple[Path, str, list[str]]]:
+        """Source, suffix of its object and flags: kernels once for each instruction set or kind of arithmetic."""
+        jobs: list[tuple[Path, str, list[str]]] = []
+        for source in map(Path, ext.sources):
+            if source == KERNELS:
+                isas = self.config.isa_flags.items()
+                jobs += [(source, isa, [f"-DRESNET_FUSED_ISA={isa}", *flags]) for isa, flags in isas]
+            elif source.name == cuda_build.KERNELS:
+                jobs += [(source, math, cuda_build.math_flags(math)) for math in cuda_build.MATHS]
+            else:
+                jobs.append((source, "", ["-DUSE_CUDA"] if "cuda" in source.parts and source.suffix == ".cpp" else []))
+        return jobs
+
     def _ninja_file(self, ext: Extension, folder: Path, target: Path) -> str:
-        """The rules: one object for each source, of the kernels one for each instruction set; one link."""
-        jobs = [(Path(source), "", []) for source in ext.sources if Path(source) != KERNELS]
-        for isa, flags in self.config.isa_flags.items():
-            jobs.append((KERNELS, isa, [f"-DRESNET_FUSED_ISA={isa}", *flags]))
-        compiler = shlex.join(self.config.compiler)
+        """The rules: one object for each job, one link."""
+        config, compiler = self.config, shlex.join(self.config.compiler)
+        nvcc, link_flags = "", config.link_flags()
+        if ext.name.endswith("_cuda") and config.cuda.toolkit is not None:
+            nvcc = shlex.join([str(config.cuda.toolkit.nvcc), *config.nvcc_flags()])
+            link_flags += ["-ltorch_cuda", str(config.cuda.toolkit.runtime)]
         lines = [
             f"builddir = {_escape(str(folder))}",
-            f"flags = {shlex.join(self.config.compile_flags())}",
+            f"flags = {shlex.join(config.compile_flags())}",
             "rule compile",
             f"  command = {compiler} -MMD -MF $out.d $flags $own -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
+            "rule nvcc",
+            f"  command = {nvcc} -MMD -MF $out.d $own -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
             "rule link",
-            f"  command = {compiler} $in -o $out {shlex.join(self.config.link_flags())}",
+            f"  command = {compiler} $in -o $out {shlex.join(link_flags)}",
         ]
         objects = []
-        for source, suffix, flags in jobs:
-            objects.append(str(folder / "_".join([*source.with_suffix("").parts, *filter(None, [suffix])])) + ".o")
-            lines += [f"build {_escape(objects[-1])}: compile {_escape(str(source.resolve()))}"]
+        for source, suffix, flags in self._jobs(ext):
+            stem = "_".join([*source.with_suffix("").parts, *filter(None, [suffix])])
+            objects.append(f"{folder / stem}{source.suffix}.o")
+            rule = "nvcc" if source.suffix == ".cu" else "compile"
+            lines += [f"build {_escape(objects[-1])}: {rule} {_escape(str(source.resolve()))}"]
             lines += [f"  own = {shlex.join(flags)}"]
         return "\n".join([*lines, f"build {_escape(str(target))}: link {' '.join(map(_escape, objects))}", ""])
 
@@ -207,6 +282,10 @@ def main() -> None:
         sources = sorted(str(path) for path in [*CSRC.glob("*.cpp"), *(CSRC / "cpu").glob("*.cpp")])
         optional = config.mode != "1"
         extensions.append(Extension("resnet_fused._cpu", sources, py_limited_api=True, optional=optional))
+    if not config.cuda.refusal:
+        sources = sorted(str(path) for path in [*(CSRC / "cuda").glob("*.cpp"), *(CSRC / "cuda").glob("*.cu")])
+        optional = config.cuda.mode != "1"
+        extensions.append(Extension("resnet_fused._cuda", sources, py_limited_api=True, optional=optional))
     setup(
         ext_modules=extensions,
         cmdclass={"build_ext": BuildNative},

@@ -65,10 +65,12 @@ inline ScalarType opmath(ScalarType dtype) {
   return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+enum Device : int { kCPU, kCUDA };
+
 // The arguments of one call of one op.
 class Checker {
  public:
-  explicit Checker(const char* op) : op_(op) {}
+  explicit Checker(const char* op, Device device = kCPU) : op_(op), device_(device) {}
 
   template <class Expected, class Got>
   void require(bool condition, const char* argument, const Expected& expected, const Got& got) const {
@@ -79,7 +81,14 @@ class Checker {
   }
 
   void device(const char* argument, const Tensor& t) const {
-    require(t.is_cpu(), argument, "a CPU tensor", "a tensor on another device");
+    if (device_ == kCPU) {
+      require(t.is_cpu(), argument, "a CPU tensor", "a tensor on another device");
+      return;
+    }
+    require(t.is_cuda(), argument, "a CUDA tensor", "a tensor on another device");
+    const int32_t index = t.get_device_index();
+    if (index_ < 0) index_ = index;
+    require(index == index_, argument, "a tensor on cuda:" + std::to_string(index_), "cuda:" + std::to_string(index));
   }
 
   void dtype(const char* argument, const Tensor& t, ScalarType expected) const {
@@ -140,6 +149,8 @@ class Checker {
 
  private:
   const char* op_;
+  Device device_;
+  mutable int32_t index_ = -1; // of the first tensor's device, CUDA
 };
 
 } // namespace resnet_fused

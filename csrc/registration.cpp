@@ -1,5 +1,6 @@
-// Schemas of the primitives: the names and argument order of resnet_fused/reference.py. Pure, but for
-// bn_finalize, which moves the running buffers. Fake kernels are registered in Python.
+// Schemas of the primitives: the names and argument order of resnet_fused/reference.py and, with allow_tf32 behind
+// them, of reference_projection.py. Pure, but for bn_finalize, which moves the running buffers. Fake kernels are
+// registered in Python.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY_FRAGMENT(resnet_fused, m) {
@@ -25,6 +26,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(resnet_fused, m) {
   m.def(
       "pool_bwd(Tensor dout, Tensor y, Tensor moments, int[2] kernel, int[2] stride, int[2] padding, bool relu) "
       "-> (Tensor, Tensor)");
+  m.def(
+      "projection_fwd(Tensor x, Tensor weight, Tensor? bias, int[2] stride, bool stats, Tensor? moments, Tensor? add, "
+      "Tensor? add_moments, bool relu, bool allow_tf32) -> (Tensor, Tensor)");
+  m.def(
+      "projection_dgrad(Tensor g, Tensor? y, Tensor weight, Tensor? moments, Tensor? sums, int[2] size, int[2] stride, "
+      "Tensor? add, bool allow_tf32) -> Tensor");
+  m.def(
+      "projection_wgrad(Tensor g, Tensor? y, Tensor x, Tensor? moments, Tensor? sums, int[2] stride, ScalarType dtype, "
+      "bool bias, bool allow_tf32) -> (Tensor, Tensor)");
   m.def("cpu_isa() -> str");
   m.def("set_cpu_isa(str name) -> ()");
 }

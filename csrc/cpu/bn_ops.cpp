@@ -1,12 +1,11 @@
 // The batch norm primitives that pass over activations, on the CPU.
 #include <torch/csrc/stable/library.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <cmath>
 #include <cstring>
 #include <tuple>
 
+#include "moments.h"
 #include "pass.h"
 
 namespace resnet_fused::cpu {
@@ -17,22 +16,6 @@ Tensor sums_of(Pass& pass, int sum_g, int sum_gd, const Tensor& moments) {
                     [&](int64_t c) { return pass.channel_sum(sum_gd, c); });
 }
 
-// Two plain passes over one channel. The kernel's differences make a NaN of an infinity, and may
-// overflow where the mean does not; such a channel is rare and is done again here.
-template <class A>
-void plain_moments(const Tensor& y, int64_t channel, double* mean, double* m2) {
-  const A* data = static_cast<const A*>(y.const_data_ptr());
-  const int64_t C = y.size(1), total = y.numel();
-  double sum = 0;
-  for (int64_t i = channel; i < total; i += C) sum += static_cast<double>(data[i]);
-  *mean = sum / static_cast<double>(total / C);
-  *m2 = 0;
-  for (int64_t i = channel; i < total; i += C) {
-    const double deviation = static_cast<double>(data[i]) - *mean;
-    *m2 += deviation * deviation;
-  }
-}
-
 Tensor bn_stats(const Tensor& y_any) {
   const Checker check("bn_stats");
   check.activation("y", y_any);
@@ -41,15 +24,14 @@ Tensor bn_stats(const Tensor& y_any) {
   Pass pass(y, 3);
   pass.run(pass.isa.stats);
   const Tensor partials = empty({1, 3, C}, {3 * C, C, 1}, opmath(y.scalar_type()));
-  static constexpr void (*plain[kDTypes])(const Tensor&, int64_t, double*, double*) = {
-      plain_moments<float>, plain_moments<c10::BFloat16>, plain_moments<c10::Half>, plain_moments<double>};
+  const char* data = static_cast<const char*>(y.const_data_ptr());
   const Table table(partials);
-  const auto rows = static_cast<double>(y.numel() / C);
+  const int64_t rows = y.numel() / C;
   for (int64_t c = 0; c < C; ++c) {
     double mean = 0, m2 = 0;
     pass.channel_moments(c, &mean, &m2);
-    if (!std::isfinite(mean)) plain[pass.dtype](y, c, &mean, &m2);
-    table.set(0, c, rows);
+    if (!std::isfinite(mean)) plain_moments(pass.dtype, data + c * y.element_size(), rows, C, &mean, &m2);
+    table.set(0, c, static_cast<double>(rows));
     table.set(1, c, mean);
     table.set(2, c, m2);
   }

@@ -8,11 +8,10 @@
 #include <vector>
 
 #include "../checks.h"
+#include "../layout.h"
 #include "dispatch.h"
 
 namespace resnet_fused::cpu {
-
-using torch::headeronly::MemoryFormat;
 
 // Below this many elements per thread a second thread costs more than it brings.
 constexpr int64_t kElementsPerThread = 16384;
@@ -50,27 +49,6 @@ inline Tensor empty_channels_last(int64_t n, int64_t c, int64_t h, int64_t w, Sc
 inline Tensor empty_channels_last_like(const Tensor& t) {
   return empty_channels_last(t.size(0), t.size(1), t.size(2), t.size(3), t.scalar_type());
 }
-
-// Strides of dimensions of size 1 say nothing, so they are not looked at.
-inline bool is_channels_last_dense(const Tensor& t) {
-  int64_t expected = 1;
-  for (const int64_t d : {1, 3, 2, 0}) {
-    if (t.size(d) != 1 && t.stride(d) != expected) return false;
-    expected *= t.size(d);
-  }
-  return true;
-}
-
-// `t` itself, or a copy laid out as the kernels need it.
-inline Tensor dense(const Tensor& t) {
-  if (t.numel() == 0 || is_channels_last_dense(t)) return t;
-  return torch::stable::contiguous(t, MemoryFormat::ChannelsLast);
-}
-inline OptionalTensor dense(const OptionalTensor& t) { return t.has_value() ? OptionalTensor(dense(*t)) : t; }
-
-inline Tensor contiguous_table(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
-
-inline const void* data_of(const OptionalTensor& t) { return t.has_value() ? t->const_data_ptr() : nullptr; }
 
 // An activation as rows of `width` elements, a multiple of C chosen so that vectors are whole and rows
 // long enough to hide the latency of the accumulators.

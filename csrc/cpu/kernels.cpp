@@ -22,6 +22,8 @@ namespace {
 
 #include "pool_kernels.h"
 
+#include "projection_kernels.h"
+
 // In the order of DType.
 #define RESNET_FUSED_EACH_DTYPE(kernel) \
   { kernel<float>, kernel<BFloat16>, kernel<Float16>, kernel<double> }
@@ -36,6 +38,10 @@ constexpr Kernels kTable = {
     RESNET_FUSED_EACH_DTYPE(bwd_apply),
     RESNET_FUSED_EACH_DTYPE(pool_apply),
     RESNET_FUSED_EACH_DTYPE(pool_bwd),
+    RESNET_FUSED_EACH_DTYPE(projection_gather),
+    RESNET_FUSED_EACH_DTYPE(projection_gradient),
+    RESNET_FUSED_EACH_DTYPE(projection_finish),
+    RESNET_FUSED_EACH_DTYPE(projection_scatter),
 };
 
 } // namespace

@@ -63,6 +63,35 @@ using PoolKernel = void (*)(const PoolArgs&, int64_t begin, int64_t end);
 using PoolBwdKernel =
     void (*)(const PoolArgs&, int64_t begin, int64_t end, double* acc, void* indices, int64_t* held);
 
+// How dy comes from g: as it is, by a factor (running statistics), or by the backward of batch statistics.
+enum Prologue : int { kPlain = 0, kScaled = 1, kBatchStatistics = 2 };
+
+// Operands of the projection's kernels. `product` is a block of rows in opmath, the first one being `begin`.
+struct ProjectionArgs {
+  const void* source = nullptr;    // x, or g
+  const void* y = nullptr;
+  const void* add = nullptr;       // laid out as result
+  void* product = nullptr;
+  void* result = nullptr;
+  const void* constants = nullptr; // planes of `plane` per-channel values, in opmath
+  int64_t plane = 0;
+  int64_t channels = 0;            // of a row of product
+  int64_t in[2] = {1, 1};          // H, W
+  int64_t out[2] = {1, 1};         // P, Q
+  int64_t stride[2] = {1, 1};
+  int prologue = kPlain;
+  bool has_affine = false;
+  bool has_add_affine = false;
+  bool relu = false;
+};
+
+// Planes of ProjectionArgs::constants: of the epilogue, and of the prologue.
+enum ProjectionPlane : int { kBias, kOwnMean, kOwnScale, kOwnShift, kAddMean, kAddScale, kAddShift, kEpiloguePlanes };
+enum GradientPlane : int { kFactorG, kFactorY, kMeanY, kConstant, kProloguePlanes };
+
+// Rows [begin, end) of the flattened (N, P, Q); acc: `plane` doubles for the sums of dy, or null.
+using ProjectionKernel = void (*)(const ProjectionArgs&, int64_t begin, int64_t end, double* acc);
+
 struct Kernels {
   const char* isa;
   int64_t vector_bytes;
@@ -73,6 +102,10 @@ struct Kernels {
   BnKernel bwd_apply[kDTypes];
   PoolKernel pool_apply[kDTypes];
   PoolBwdKernel pool_bwd[kDTypes];
+  ProjectionKernel projection_gather[kDTypes];   // x at the positions read -> product
+  ProjectionKernel projection_gradient[kDTypes]; // g, y -> dy as product
+  ProjectionKernel projection_finish[kDTypes];   // product -> out
+  ProjectionKernel projection_scatter[kDTypes];  // product -> dx, all positions that the rows own
 };
 
 namespace baseline {

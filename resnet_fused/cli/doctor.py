@@ -44,6 +44,17 @@ def _machine() -> list[tuple[str, str]]:
     ]
 
 
+def _projection() -> list[tuple[str, str, str]]:
+    """Where the fused projection shortcut runs, and why not elsewhere."""
+    import torch
+
+    from .. import projection
+
+    devices = {"cpu": "C++ kernels around the BLAS of torch", "cuda": "CUDA kernels, bf16, fp16, TF32 and fp32"}
+    reasons = {name: projection.unavailable(torch.device(name), torch.float32) for name in devices}
+    return [(name, "no" if reasons[name] else "runs", reasons[name] or words) for name, words in devices.items()]
+
+
 def _self_test() -> tuple[bool, str]:
     """Forward and backward of a small fused net against stock, both memory formats and float64."""
     import torch
@@ -70,6 +81,8 @@ def run(args: argparse.Namespace) -> int:
     print()
     rows = [(name, "runs" if available else "no", detail) for name, available, detail in engines.describe()]
     print_table(("engine", "here", "detail"), rows)
+    print()
+    print_table(("projection", "here", "detail"), _projection())
     passed, words = _self_test()
     print(f"\nself test: {'PASS' if passed else 'FAIL'}: {words}")
     return 0 if passed else 1

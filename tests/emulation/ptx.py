@@ -26,13 +26,17 @@ TARGETS = (80, 90)
 __all__ = ["OPERATIONS", "TARGETS", "PTXError", "launch"]
 
 
-def _pack(kernel: Kernel, values: Sequence[int | float]) -> bytes:
+def _pack(kernel: Kernel, values: Sequence[int | float | bytes]) -> bytes:
     """The parameter block; parameters beyond ``values`` (Triton's scratch pointers) are zero."""
     last = kernel.parameters[-1]
     block = bytearray(last.offset + last.size)
     for parameter, value in zip(kernel.parameters, values):
         size = parameter.size
-        if isinstance(value, float):
+        if isinstance(value, bytes):
+            if len(value) != size:
+                raise ValueError(f"launch: {parameter.name}: expected {size} bytes, got {len(value)}")
+            raw = value
+        elif isinstance(value, float):
             raw = struct.pack("<f" if size == 4 else "<d", value)
         else:
             raw = (int(value) & ((1 << 8 * size) - 1)).to_bytes(size, "little")
@@ -42,32 +46,41 @@ def _pack(kernel: Kernel, values: Sequence[int | float]) -> bytes:
 
 def launch(
     text: str,
-    arguments: Sequence[torch.Tensor | int | float],
+    arguments: Sequence[torch.Tensor | int | float | bytes],
     grid: tuple[int, ...],
     threads: int,
     dynamic_shared: int = 0,
+    name: str = "",
+    pointed_at: Sequence[torch.Tensor] = (),
+    lanes_per_chunk: int = 8192,
 ) -> Stats:
     """Run the kernel of a PTX module.
 
     Args:
-        arguments: the kernel's parameters in order; CPU tensors stand for their pointers.
+        arguments: the kernel's parameters in order; CPU tensors stand for their pointers, bytes for a structure.
         threads: threads per block.  dynamic_shared: bytes.
+        name: part of the kernel's name, where the module has several.
+        pointed_at: tensors that a structure points at.
+        lanes_per_chunk: how many threads run in lock-step; ``threads`` where blocks loop differently often.
 
     Returns:
-        Counts: instructions by opcode, bytes and 32-byte sectors of global memory read and written, cycles of
-        shared memory and what they would be without bank conflicts, barriers.
+        Counts: instructions by opcode, bytes (also each once) and 32-byte sectors of global memory read and written,
+        cycles of shared memory and what they would be without bank conflicts, barriers.
 
     Raises:
         PTXError: see the module.
         ValueError: the module is for a target that is not modelled.
     """
-    kernel = parse(text)
+    kernel = parse(text, name)
     if kernel.target not in TARGETS:
         raise ValueError(f"launch: expected PTX for sm_80 or sm_90, got sm_{kernel.target}")
     stats: Stats = Stats()
     tensors = {f"argument {i}": a for i, a in enumerate(arguments) if isinstance(a, torch.Tensor)}
+    tensors.update((f"tensor {i}", t) for i, t in enumerate(pointed_at))
     values = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments]
     whole_grid = (*grid, 1, 1, 1)[:3]
     memory = GlobalMemory(tensors, stats)
-    Machine(kernel, whole_grid, threads, _pack(kernel, values), memory, dynamic_shared, stats).run()
+    Machine(kernel, whole_grid, threads, _pack(kernel, values), memory, dynamic_shared, stats, lanes_per_chunk).run()
+    for kind in ("read", "written"):
+        stats[f"global_unique_{kind}_bytes"] = memory.unique_bytes(kind)
     return stats

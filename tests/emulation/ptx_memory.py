@@ -32,6 +32,7 @@ class GlobalMemory:
         self.spans = [
             (*span, np.ctypeslib.as_array((ctypes.c_uint8 * span[1]).from_address(span[0]))) for span in spans
         ]
+        self.touched = {kind: [np.zeros(span[1], bool) for span in spans] for kind in ("read", "written")}
         self.starts = np.array([span[0] for span in spans], np.int64)
         self.ends = np.array([span[0] + span[1] for span in spans], np.int64)
 
@@ -50,6 +51,10 @@ class GlobalMemory:
             raise PTXError(f"misaligned global access of {width} bytes: {text}")
         return span
 
+    def unique_bytes(self, kind: str) -> int:
+        """How many bytes were ``read`` or ``written``, each once: what an unbounded cache would move."""
+        return sum(int(marks.sum()) for marks in self.touched[kind])
+
     def _count(self, addresses: np.ndarray, width: int, warps: np.ndarray, kind: str) -> None:
         self.stats[f"global_{kind}_bytes"] += addresses.size * width
         sectors = np.unique(np.stack([warps, addresses >> 5]), axis=1).shape[1]
@@ -61,7 +66,9 @@ class GlobalMemory:
         out = np.empty((addresses.size, width), np.uint8)
         for i in np.unique(span):
             chosen = span == i
-            out[chosen] = self.spans[i][3][(addresses[chosen] - self.starts[i])[:, None] + np.arange(width)]
+            at = (addresses[chosen] - self.starts[i])[:, None] + np.arange(width)
+            out[chosen] = self.spans[i][3][at]
+            self.touched["read"][i][at] = True
         self._count(addresses, width, warps, "read")
         return out
 
@@ -71,7 +78,9 @@ class GlobalMemory:
         span = self._locate(addresses, width, text)
         for i in np.unique(span):
             chosen = span == i
-            self.spans[i][3][(addresses[chosen] - self.starts[i])[:, None] + np.arange(width)] = raw[chosen]
+            at = (addresses[chosen] - self.starts[i])[:, None] + np.arange(width)
+            self.spans[i][3][at] = raw[chosen]
+            self.touched["written"][i][at] = True
         self._count(addresses, width, warps, "written")
 
 
@@ -105,7 +114,7 @@ class SharedMemory:
             raise PTXError(f"shared out-of-bounds: {int(offsets.max())} + {width} of {self.limit} bytes: {text}")
         if (offsets % width).any():
             raise PTXError(f"misaligned shared access of {width} bytes: {text}")
-        self._count_bank_conflicts(offsets, width, self.lane_warp[lanes])
+        self._count_bank_conflicts(offsets, width, lanes)
         at = offsets + self.base[lanes]
         cells, warps, epochs = self._granules(at, width, lanes)
         self._raise_on(self.writer, self.write_epoch, cells, warps, epochs, "write", write, text)
@@ -176,13 +185,12 @@ class SharedMemory:
         self.reader[at // 2], self.read_epoch[at // 2] = _SEVERAL, epoch
         return self.data[at]
 
-    def _count_bank_conflicts(self, offsets: np.ndarray, width: int, warps: np.ndarray) -> None:
+    def _count_bank_conflicts(self, offsets: np.ndarray, width: int, lanes: np.ndarray) -> None:
         """Add cycles: a warp's access goes in 1, 2 or 4 phases of 128 bytes; a phase costs its busiest bank's words."""
         phases = max(1, width // 4)
-        order = np.argsort(warps, kind="stable")
-        offsets, warps = offsets[order], warps[order]
-        first = np.searchsorted(warps, warps)
-        phase = warps.astype(np.int64) * 8 + (np.arange(len(warps)) - first) * phases // 32
+        order = np.argsort(lanes, kind="stable")
+        offsets, lanes = offsets[order], lanes[order]
+        phase = self.lane_warp[lanes].astype(np.int64) * 8 + lanes % 32 * phases // 32
         words = (offsets[:, None] // 4 + np.arange(phases)).reshape(-1)
         unique = np.unique(np.repeat(phase, phases) << 32 | words)
         banks, loads = np.unique((unique >> 32) * 32 + (unique & 0xFFFFFFFF) % 32, return_counts=True)

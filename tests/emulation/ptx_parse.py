@@ -85,12 +85,16 @@ def split_operands(text: str) -> tuple[str, ...]:
 def _parse_parameters(text: str) -> list[Parameter]:
     out, offset = [], 0
     for declaration in filter(None, (p.strip() for p in text.split(","))):
-        match = re.search(r"\.(b8|u8|b16|u16|b32|u32|s32|f32|b64|u64|s64|f64)\b.*?([\w$]+)$", declaration)
+        match = re.search(
+            r"(?:\.align\s+(\d+)\s+)?\.(b8|u8|b16|u16|b32|u32|s32|f32|b64|u64|s64|f64)\b.*?([\w$]+)(?:\[(\d+)\])?$",
+            declaration,
+        )
         if match is None:
             raise PTXError(f"unsupported parameter: {declaration}")
-        dtype, name = match.groups()
-        size = SIZES[dtype]
-        offset = align(offset, size)
+        unit, dtype, name, length = match.groups()
+        size = SIZES[dtype] * int(length or 1)
+        # A structure passed by value is an array of bytes with an alignment of its own.
+        offset = align(offset, int(unit) if length and unit else SIZES[dtype])
         out.append(Parameter(name, dtype, offset, size))
         offset += size
     return out
@@ -140,17 +144,18 @@ def _parse_body(kernel: Kernel, body: str) -> None:
 
 
 @functools.lru_cache(maxsize=64)
-def parse(text: str) -> Kernel:
-    """The only kernel of a PTX module.
+def parse(text: str, name: str = "") -> Kernel:
+    """The first kernel of a PTX module whose (mangled) name contains ``name``.
 
     Raises:
-        PTXError: something that the emulator does not know, such as initialised globals or local memory.
+        PTXError: there is none, or something that the emulator does not know: initialised globals, local memory.
     """
     text = re.sub(r"//[^\n]*", "", re.sub(r"/\*.*?\*/", "", text, flags=re.DOTALL))
     target = re.search(r"\.target\s+sm_(\d+)", text)
-    entry = re.search(r"\.entry\s+([\w$]+)\s*\(([^)]*)\)", text)
+    entries = re.finditer(r"\.entry\s+([\w$]+)\s*\(([^)]*)\)", text)
+    entry = next((match for match in entries if name in match.group(1)), None)
     if target is None or entry is None:
-        raise PTXError("parse: expected a .target and an .entry")
+        raise PTXError(f"parse: expected a .target and an .entry {name}".rstrip())
     if match := re.search(r"^\s*(?:\.visible\s+|\.weak\s+)*\.(?:global|const)\s.*", text, re.MULTILINE):
         raise PTXError(f"unsupported module variable: {match.group(0).strip()}")
     start = text.index("{", entry.end())
