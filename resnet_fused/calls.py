@@ -22,6 +22,7 @@ class SiteCall(NamedTuple):
     momentum: float | None
     eps: float
     hand_stride: int = 1  # the block's shortcut is handed every so many pixels of the site's input
+    projection: bool = False  # the site is a block's shortcut
 
 
 class SiteParams(NamedTuple):
@@ -63,6 +64,25 @@ class Source(NamedTuple):
 def handed(x: Tensor, stride: int) -> Tensor:
     """What a site hands to its block's shortcut: ``x``, or the view of every ``stride``-th pixel that it reads."""
     return x if stride == 1 else x[:, :, ::stride, ::stride]
+
+
+def unhanded(x: Tensor) -> tuple[Tensor, int]:
+    """The tensor that ``x`` steps over, as far as it is read, and the stride of `handed`: its inverse.
+
+    ``(x, 1)`` where ``x`` is dense in channels_last, or steps in another way.
+    """
+    n, c, p, _ = x.shape
+    image, channel, row, pixel = x.stride()
+    stride = pixel // max(c, 1)
+    if 0 in x.shape or channel != 1 or stride < 2 or pixel != stride * c or row % (stride * c):
+        return x, 1
+    width = row // (stride * c)
+    height = (p - 1) * stride + 1
+    if n > 1:
+        if image % (width * c):
+            return x, 1
+        height = image // (width * c)
+    return x.as_strided((n, c, height, width), (image, 1, width * c, c)), stride
 
 
 class SiteOutputs(NamedTuple):

@@ -67,7 +67,7 @@ def _hand_stride(link: Link, engine: str) -> int:
         return 1
     conv = child(link.block, site.conv)
     stepping = conv.kernel_size == _POINTWISE and conv.stride[0] == conv.stride[1]
-    return conv.stride[0] if stepping and conv_padding(conv) == (0, 0) else 1  # type: ignore[no-any-return]
+    return conv.stride[0] if stepping and conv_padding(conv) == (0, 0) else 1
 
 
 def _residual(
@@ -85,6 +85,7 @@ def _residual(
     if site.bn is None:
         return plain_projection(link, site, x), None, None
     call, params = bind(link.block, site, engine)
+    call = call._replace(projection=True)
     if hand_stride > 1:
         call = call._replace(stride=(1, 1))
     branch, _ = _apply_site(x, call, params, False)
@@ -139,6 +140,7 @@ def _run_recomputing(link: Link, engine: str, x: Tensor) -> Tensor:
     flat = [t for _, p in bound[first:] for t in p]
     if link.memory == "min" and shortcut.site is not None and shortcut.site.bn is not None:
         projection, params = bind(link.block, shortcut.site, engine)
+        projection = projection._replace(projection=True)
         flat.extend(params)
     elif link.memory == "lean" or shortcut.site is not None:
         assert kept is not None

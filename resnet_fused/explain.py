@@ -140,7 +140,6 @@ def _variant(convs: list[nn.Conv2d], engine: str) -> str:
 
 def _shape(conv: nn.Conv2d) -> plan.ConvShape:
     """A convolution as the plan's rules see it; its input is not known here, so one pixel stands for it."""
-    pairs = (conv.kernel_size, conv.stride, conv_padding(conv), conv.dilation)
     tf32 = precision(conv.weight.dtype) == "tf32"
     return plan.ConvShape(
         1,
@@ -148,8 +147,16 @@ def _shape(conv: nn.Conv2d) -> plan.ConvShape:
         1,
         1,
         conv.out_channels,
-        *pairs,
+        _pair(conv.kernel_size),
+        _pair(conv.stride),
+        conv_padding(conv),
+        _pair(conv.dilation),
         conv.groups,
         conv.weight.dtype,
-        tf32,  # type: ignore[arg-type]
+        tf32,
     )
+
+
+def _pair(sides: tuple[int, ...]) -> tuple[int, int]:
+    first, second = sides
+    return first, second

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from . import engines
+from . import engines, projected
+from .calls import Source
 from .links import Link, bind, plain_projection
 from .reference import pad_residual
 
@@ -48,4 +49,7 @@ def _inferred_residual(link: Link, engine: str, x: Tensor, channels: int) -> Ten
     if shortcut.site.bn is None:
         return plain_projection(link, shortcut.site, x)
     call, params = bind(link.block, shortcut.site, engine)
+    call = call._replace(projection=True)
+    if projected.runs(call, Source("plain", x), params.weight):
+        return projected.site_infer(engines.get(engine), call, x, params)
     return engines.get(engine).site_infer(call, x, params, None, False)

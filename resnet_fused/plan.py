@@ -70,6 +70,11 @@ def force(name: str | None) -> Iterator[None]:
         _forced = previous
 
 
+def projection_extension(engine: str) -> bool:
+    """Whether the C++/CUDA ops run the shortcuts of an engine; `force` asks for what runs the other sites."""
+    return _forced is None
+
+
 def refuse(shape: ConvShape, reason: str) -> None:
     """Remember that our kernels cannot run ``shape`` on this machine: the library serves it from now on."""
     _refused[shape] = reason

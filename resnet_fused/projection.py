@@ -34,9 +34,8 @@ def load_cuda() -> str | None:
 
     A GPU is not asked for: `unavailable` looks at that.
     """
-    reason = cpu.load()
-    if reason is not None:
-        return f"the schemas are in the CPU library: {reason}"
+    if _CPU_REASON is not None:
+        return f"the schemas are in the CPU library: {_CPU_REASON}"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is not a CUDA build"
     package = Path(__file__).resolve().parent
@@ -54,24 +53,27 @@ def load_cuda() -> str | None:
 
 @functools.cache
 def _capability_reason(index: int | None) -> str | None:
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
     capability = torch.cuda.get_device_capability(index)
     if capability >= _OLDEST_CAPABILITY:
         return None
     return f"the kernels need compute capability 8.0, and this GPU has {'.'.join(map(str, capability))}"
 
 
+# What torch.compiler.assume_constant_result does, which imports all of the compiler: see `_CPU_REASON`.
+_capability_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     """None, or why the ops cannot run on tensors of this device and dtype, in words."""
     if device.type == "cpu":
-        return cpu.load() if dtype in _CPU_DTYPES else f"no CPU kernels for {dtype}"
+        return _CPU_REASON if dtype in _CPU_DTYPES else f"no CPU kernels for {dtype}"
     if device.type != "cuda":
         return f"no kernels for {device.type} tensors"
     if dtype not in _CPU_DTYPES[:3]:
         return f"no CUDA kernels for {dtype}"
-    reason = load_cuda()
-    if reason is None and not torch.cuda.is_available():
-        reason = "torch sees no GPU"
-    return reason or _capability_reason(device.index)
+    return _CUDA_REASON or _capability_reason(device.index)
 
 
 def _missing(*_args: object) -> Any:
@@ -216,6 +218,15 @@ def _register_fakes() -> None:
         globals()[f"_{name}"] = getattr(torch.ops.resnet_fused, name).default
 
 
-if cpu.load() is None:
+def _cpu_reason() -> str | None:
+    reason = cpu.load()
+    if reason is None and not hasattr(torch.ops.resnet_fused, "projection_fwd"):
+        return "the CPU library is older than this package: build it again"
+    return reason
+
+
+# Constants: `unavailable` is traced by torch.compile.
+_CPU_REASON = _cpu_reason()
+_CUDA_REASON = load_cuda()
+if _CPU_REASON is None:
     _register_fakes()
-    load_cuda()

@@ -2,7 +2,7 @@
 
 An engine that runs a whole site itself, convolution included, has `site_forward`, `site_rebuild` and
 `site_backward`; the Triton engine does. For the others `engines.library` puts the site together from the vendor's
-convolution and the engine's primitives.
+convolution and the engine's primitives. A block's shortcut goes to the projection ops where they run (`projected`).
 
 Nothing here knows autograd or modules: the nodes of `resnet_fused.nodes` call these functions, in the
 forward, in the backward, and to rebuild what a memory mode did not keep.
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from . import engines
+from . import engines, projected
 from .calls import SiteCall, SiteGrads, SiteOutputs, SiteParams, Source
 from .engines import library
 
@@ -34,6 +34,8 @@ def site_forward(call: SiteCall, source: Source, params: SiteParams) -> SiteOutp
         ValueError: one value per channel in training, as ``F.batch_norm`` does.
     """
     engine = engines.get(call.engine)
+    if projected.runs(call, source, params.weight):
+        return projected.site_forward(engine, call, source, params)
     if hasattr(engine, "site_forward"):
         return engine.site_forward(call, source, params)
     return library.site_forward(engine, call, source, params)
@@ -42,6 +44,8 @@ def site_forward(call: SiteCall, source: Source, params: SiteParams) -> SiteOutp
 def site_rebuild(call: SiteCall, source: Source, weight: Tensor) -> Tensor:
     """The raw output ``y`` of `site_forward`, made again in the same way."""
     engine = engines.get(call.engine)
+    if projected.runs(call, source, weight):
+        return projected.site_rebuild(call, source, weight)
     if hasattr(engine, "site_rebuild"):
         return engine.site_rebuild(call, source, weight)
     return library.site_rebuild(engine, call, source, weight)
@@ -64,6 +68,8 @@ def site_backward(
     if not any(needs):
         return SiteGrads()
     engine = engines.get(call.engine)
+    if projected.runs(call, source, weight):
+        return projected.site_backward(call, source, weight, y, moments, g, sums, dskip, needs)
     if hasattr(engine, "site_backward"):
         return engine.site_backward(call, source, x, weight, y, moments, g, sums, dskip, needs, mask)
     return library.site_backward(engine, call, source, x, weight, y, moments, g, sums, dskip, needs)

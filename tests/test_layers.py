@@ -14,9 +14,11 @@ import resnet_fused
 ROOT = Path(resnet_fused.__file__).parent
 # A module may import those to its left and none to its right.
 LAYERS = (
-    ("numerics", "spec", "reference", "calls"),
+    ("numerics", "spec", "reference", "calls", "reference_projection"),
     ("kernels", "plan"),
     ("engines",),
+    ("projection",),
+    ("projected",),
     ("site",),
     ("nodes",),
     ("recompute",),

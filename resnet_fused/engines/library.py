@@ -92,7 +92,7 @@ def site_forward(engine: ModuleType, call: SiteCall, source: Source, params: Sit
     return SiteOutputs(y, site_moments(engine, call, y, params), x)
 
 
-def _like_parameter(grad: Tensor, weight: Tensor) -> Tensor:
+def like_parameter(grad: Tensor, weight: Tensor) -> Tensor:
     """``grad`` in the parameter's dtype and exact strides, as DDP's buckets and optimizers expect."""
     if grad.dtype == weight.dtype and grad.stride() == weight.stride():
         return grad
@@ -107,7 +107,7 @@ def _conv_backward(
     )
     if grad_x is not None:
         grad_x = grad_x.contiguous(memory_format=torch.channels_last)
-    return grad_x, None if grad_w is None else _like_parameter(grad_w, weight)
+    return grad_x, None if grad_w is None else like_parameter(grad_w, weight)
 
 
 def site_backward(

@@ -20,7 +20,7 @@ from . import triton_site
 NAMESPACE = "resnet_fused_triton"
 _CALL = (
     "int[2] stride, int[2] padding, int[2] dilation, int groups, bool relu, bool training, float? momentum, float eps, "
-    "int hand_stride"
+    "int hand_stride, bool projection"
 )
 _SOURCE = (
     "str kind, Tensor src, Tensor? src_moments, bool src_relu, str skip, int skip_stride, int channel_offset, "
@@ -55,7 +55,7 @@ SCHEMAS = {
     "pool_apply": f"(Tensor y, Tensor moments, {_WINDOW}) -> Tensor",
     "pool_bwd": f"(Tensor dout, Tensor y, Tensor moments, {_WINDOW}) -> (Tensor, Tensor)",
 }
-_CALL_ARGUMENTS = 9
+_CALL_ARGUMENTS = 10
 _SOURCE_ARGUMENTS = 9
 
 
@@ -174,7 +174,7 @@ def _fake_pool(y: Tensor, moments: Tensor, kernel: Any, stride: Any, padding: An
 
 
 def _fake_join(dout: Tensor, dskip: Any, out: Any, y: Tensor, moments: Tensor, residual_y: Any, residual: Any) -> Any:
-    return _like(y), _table(2, y, y.shape[1]), _nothing(y) if residual is None else _table(2, y, y.shape[1])
+    return _like(y), _table(2, y, y.shape[1]), _nothing(moments) if residual is None else _table(2, y, y.shape[1])
 
 
 _FAKES: dict[str, Callable[..., Any]] = {

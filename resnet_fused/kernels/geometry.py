@@ -120,7 +120,7 @@ def precision(dtype: torch.dtype) -> str:
     Triton hands float32 operands to a tensor core as they are, and it drops their lower 13 bits: TF32 truncates here.
     ``torch.backends.cudnn.allow_tf32`` itself raises where the two interfaces of the switch were mixed.
     """
-    tf32 = dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
+    tf32 = dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
     return "tf32" if tf32 else "ieee"
 
 

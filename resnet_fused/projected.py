@@ -1,0 +1,93 @@
+"""A block's shortcut as a site run by the C++/CUDA projection ops, forward and backward.
+
+What they take: a 1x1 convolution without padding, groups or dilation over a plain input, on the device their engine is
+for. `site` sends every such site here; any other shortcut is a site like the rest. The kernels gather the pixels they
+step over, so an input that is a view of every stride-th pixel is read in place.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import plan, projection
+from .calls import SiteCall, SiteGrads, SiteOutputs, SiteParams, Source, unhanded
+from .engines import library
+
+_DEVICES = {"cpu": "cpu", "triton": "cuda"}  # an engine to the device whose ops it uses
+
+
+def runs(call: SiteCall, source: Source, weight: Tensor) -> bool:
+    """Whether the projection ops run the site."""
+    x = source.y
+    return (
+        call.projection
+        and source.kind == "plain"
+        and x.device.type == _DEVICES.get(call.engine)
+        and tuple(weight.shape[2:]) == (1, 1)
+        and tuple(call.padding) == (0, 0)
+        and call.groups == 1
+        and weight.dtype in (x.dtype, torch.float32)
+        and plan.projection_extension(call.engine)
+        and projection.unavailable(x.device, x.dtype) is None
+    )
+
+
+def _stepped(call: SiteCall, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    """The dense input and the stride over it."""
+    base, stride = unhanded(x)
+    return base, (call.stride[0] * stride, call.stride[1] * stride)
+
+
+def site_forward(engine: ModuleType, call: SiteCall, source: Source, params: SiteParams) -> SiteOutputs:
+    """See `resnet_fused.site.site_forward`."""
+    y, partials = _forward(call, source, params.weight, call.training)
+    if not call.training:
+        return SiteOutputs(y, library.eval_moments(engine, call, params, y.dtype), source.y)
+    library.require_rows(y)
+    return SiteOutputs(y, library.batch_moments(engine, call, params, partials), source.y)
+
+
+def site_infer(engine: ModuleType, call: SiteCall, x: Tensor, params: SiteParams) -> Tensor:
+    """The shortcut with running statistics, its batch norm in the convolution's epilogue."""
+    moments = library.eval_moments(engine, call, params, x.dtype)
+    base, stride = _stepped(call, x)
+    filters = params.weight.to(x.dtype)
+    return projection.projection_fwd(base, filters, None, stride, False, moments, None, None, False)[0]
+
+
+def site_rebuild(call: SiteCall, source: Source, weight: Tensor) -> Tensor:
+    """See `resnet_fused.site.site_rebuild`."""
+    return _forward(call, source, weight, False)[0]
+
+
+def _forward(call: SiteCall, source: Source, weight: Tensor, stats: bool) -> tuple[Tensor, Tensor]:
+    x, stride = _stepped(call, source.y)
+    return projection.projection_fwd(x, weight.to(x.dtype), None, stride, stats, None, None, None, False)
+
+
+def site_backward(
+    call: SiteCall,
+    source: Source,
+    weight: Tensor,
+    y: Tensor,
+    moments: Tensor,
+    g: Tensor,
+    sums: Tensor,
+    dskip: Tensor | None,
+    needs: tuple[bool, bool],
+) -> SiteGrads:
+    """See `resnet_fused.site.site_backward`. A shortcut has no ReLU of its own: ``g`` is taken as it is."""
+    normed = sums if call.training else None
+    dx = dw = None
+    if needs[0]:
+        size = (source.y.shape[2], source.y.shape[3])
+        filters = weight.to(g.dtype)
+        dx = projection.projection_dgrad(g, y, filters, moments, normed, size, call.stride, dskip)
+    if needs[1]:
+        x, stride = _stepped(call, source.y)
+        dw, _ = projection.projection_wgrad(g, y, x, moments, normed, stride, weight.dtype, False)
+        dw = library.like_parameter(dw, weight)
+    return SiteGrads(source=dx, weight=dw)
