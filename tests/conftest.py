@@ -1,11 +1,34 @@
-"""Fixtures of the training tests; the thread count is put back after every test."""
+"""Fixtures of the training tests, devices of the equivalence tests; the thread count is put back after every test."""
 
 import dataclasses
 
 import pytest
 import torch
 
+from resnet_fused import plan
 from resnet_fused.train import data as datasets
+
+# Where there is a GPU the equivalence tests run on it too, once as planned and once with our kernels wherever they can.
+GPU = {"cuda": None, "cuda own": plan.OWN} if torch.cuda.is_available() else {}
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "cuda: runs on a GPU; collected only where there is one")
+
+
+def pytest_generate_tests(metafunc):
+    if "device" in metafunc.fixturenames:
+        on_gpu = [pytest.param(name, marks=pytest.mark.cuda) for name in GPU]
+        metafunc.parametrize("device", ["cpu", *on_gpu], indirect=True)
+
+
+@pytest.fixture
+def device(request, monkeypatch):
+    """``"cpu"``, and ``"cuda"`` with exact float32 where there is one."""
+    if request.param != "cpu":
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    with plan.force(GPU.get(request.param)):
+        yield request.param.split()[0]
 
 
 @pytest.fixture(scope="module")

@@ -34,11 +34,11 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def _wide(t: Tensor) -> Tensor:
-    return t.detach().clone() if t.is_floating_point() else t.detach().to(torch.float64)
+    return t.detach().to("cpu", t.dtype if t.is_floating_point() else torch.float64, copy=True)
 
 
 def step(model: nn.Module, x: Tensor, dout: Tensor | None = None, autocast: torch.dtype | None = None) -> Outcome:
-    """One forward and backward: the output, the input's and every parameter's gradient, every buffer.
+    """One forward and backward: the output, the input's and every parameter's gradient, every buffer, on the CPU.
 
     A parameter without gradient is reported as absent: the name ``none.<parameter>`` stands for it.
     """
@@ -48,10 +48,10 @@ def step(model: nn.Module, x: Tensor, dout: Tensor | None = None, autocast: torc
         out = model(x)
     if dout is None:
         dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    out.backward(dout.to(out.dtype))
-    result = {"output": out.detach()}
+    out.backward(dout.to(out))
+    result = {"output": out.detach().cpu()}
     if x.grad is not None:
-        result["input.grad"] = x.grad
+        result["input.grad"] = x.grad.cpu()
     for name, parameter in model.named_parameters():
         if parameter.grad is None:
             result[f"none.{name}"] = torch.zeros((), dtype=torch.float64)
@@ -71,6 +71,7 @@ def hold_to_law(
     memory: str = "speed",
     engine: str | None = None,
     autocast: bool = False,
+    device: str = "cpu",
     prepare: Callable[[nn.Module], object] | None = None,
 ) -> nn.Module:
     """Compare ``fuse(model)`` with ``model`` after one training step; returns the fused model.
@@ -82,9 +83,10 @@ def hold_to_law(
 
     Args:
         model, x: in float32; both are rounded to ``dtype`` (under ``autocast`` only x and the run are).
+        device: where all of it runs, the float64 reference too; outcomes are compared on the CPU.
     """
     stock_dtype = torch.float32 if autocast else dtype
-    stock = copy.deepcopy(model).to(stock_dtype)
+    stock = copy.deepcopy(model).to(device, stock_dtype)
     if prepare is not None:
         prepare(stock)
     fused = fuse(copy.deepcopy(stock).to(memory_format=LAYOUTS[layout]), memory=memory, engine=engine)
@@ -94,7 +96,7 @@ def hold_to_law(
     for sample in SAMPLES[torch.finfo(dtype).bits < 32]:
         for i in range(len(draws), sample):
             drawn = x if i == 0 else torch.randn(x.shape, generator=torch.Generator().manual_seed(i))
-            draws.append(_draw(stock, fused, drawn.to(stock_dtype), LAYOUTS[layout], amp))
+            draws.append(_draw(stock, fused, drawn.to(device, stock_dtype), LAYOUTS[layout], amp))
         got, ref, *eager = (_stack(outcomes) for outcomes in zip(*draws, strict=True))
         if all(verdict.passed for verdict in judge_all(got, ref, eager, dtype)):
             return fused

@@ -53,15 +53,17 @@ def _stage(name: str) -> nn.Sequential:
 @pytest.mark.parametrize("memory", MEMORY)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", STAGES)
-def test_stage(name: str, dtype: str, memory: str) -> None:
-    model = hold_to_law(randomise(_stage(name)), torch.randn(3, 8, 11, 9), DTYPES[dtype], memory=memory)
+def test_stage(name: str, dtype: str, memory: str, device: str) -> None:
+    x = torch.randn(3, 8, 11, 9)
+    model = hold_to_law(randomise(_stage(name)), x, DTYPES[dtype], memory=memory, device=device)
     assert isinstance(model, FusedStage)
 
 
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("name", ["basic", "bottleneck", "plain-then-residual"])
-def test_norm_states_across_joins(name: str, state: str) -> None:
-    hold_to_law(randomise(_stage(name)), torch.randn(3, 8, 11, 9), torch.float32, prepare=STATES[state])
+def test_norm_states_across_joins(name: str, state: str, device: str) -> None:
+    x = torch.randn(3, 8, 11, 9)
+    hold_to_law(randomise(_stage(name)), x, torch.float32, prepare=STATES[state], device=device)
 
 
 def _trunk(**options: object) -> ResNet:
@@ -72,8 +74,9 @@ def _trunk(**options: object) -> ResNet:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("memory", MEMORY)
 @pytest.mark.parametrize("shape", [(2, 3, 33, 31), (1, 3, 40, 24), (0, 3, 32, 32)], ids=str)
-def test_trunk(shape: tuple[int, ...], memory: str, layout: str) -> None:
-    hold_to_law(randomise(_trunk()), torch.randn(shape), torch.float32, memory=memory, layout=layout)
+def test_trunk(shape: tuple[int, ...], memory: str, layout: str, device: str) -> None:
+    x = torch.randn(shape)
+    hold_to_law(randomise(_trunk()), x, torch.float32, memory=memory, layout=layout, device=device)
 
 
 @pytest.mark.parametrize(

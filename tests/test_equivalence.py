@@ -65,16 +65,16 @@ def _block(name: str) -> tuple[nn.Module, torch.Tensor]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", BLOCKS)
-def test_block(name: str, dtype: str, layout: str) -> None:
+def test_block(name: str, dtype: str, layout: str, device: str) -> None:
     block, x = _block(name)
-    hold_to_law(block, x, DTYPES[dtype], layout=layout)
+    hold_to_law(block, x, DTYPES[dtype], layout=layout, device=device)
 
 
 @pytest.mark.parametrize("memory", MEMORY[1:])
 @pytest.mark.parametrize("name", BLOCKS)
-def test_memory_mode(name: str, memory: str) -> None:
+def test_memory_mode(name: str, memory: str, device: str) -> None:
     block, x = _block(name)
-    hold_to_law(block, x, torch.float32, memory=memory)
+    hold_to_law(block, x, torch.float32, memory=memory, device=device)
 
 
 def _all_eval(block: nn.Module) -> None:
@@ -125,9 +125,9 @@ FEW = ("conv-bn-relu", "basic-bias", "basic-projection", "basic-pad", "bottlenec
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("memory", MEMORY)
 @pytest.mark.parametrize("name", FEW)
-def test_norm_state(name: str, memory: str, state: str) -> None:
+def test_norm_state(name: str, memory: str, state: str, device: str) -> None:
     block, x = _block(name)
-    hold_to_law(block, x, torch.float32, memory=memory, prepare=STATES[state])
+    hold_to_law(block, x, torch.float32, memory=memory, prepare=STATES[state], device=device)
 
 
 @pytest.mark.parametrize("options", [{"track_running_stats": False}, {"affine": False}], ids=lambda o: next(iter(o)))
@@ -153,17 +153,19 @@ SHAPES = {
 @pytest.mark.parametrize(
     "name", ["conv-bn-relu", "basic", "basic-projection", "basic-pad", "bottleneck-projection", "stem"]
 )
-def test_shape(name: str, memory: str, shape: str) -> None:
+def test_shape(name: str, memory: str, shape: str, device: str) -> None:
     block, x = _block(name)
     n, h, w = SHAPES[shape]
-    hold_to_law(block, torch.randn(n, x.shape[1], h, w), torch.float32, memory=memory)
+    hold_to_law(block, torch.randn(n, x.shape[1], h, w), torch.float32, memory=memory, device=device)
 
 
 @pytest.mark.parametrize("channels", [1, 3, 17, 66])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_channels_off_the_vector_width(channels: int, dtype: str) -> None:
+def test_channels_off_the_vector_width(channels: int, dtype: str, device: str) -> None:
     torch.manual_seed(0)
-    hold_to_law(randomise(eager.BasicBlock(channels, channels)), torch.randn(2, channels, 9, 7), DTYPES[dtype])
+    hold_to_law(
+        randomise(eager.BasicBlock(channels, channels)), torch.randn(2, channels, 9, 7), DTYPES[dtype], device=device
+    )
 
 
 @pytest.mark.parametrize("name", FEW)
@@ -180,10 +182,10 @@ def test_non_contiguous_input(name: str) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("name", FEW)
-def test_non_finite_values_propagate(name: str, training: bool, value: float) -> None:
+def test_non_finite_values_propagate(name: str, training: bool, value: float, device: str) -> None:
     block, x = _block(name)
     x[1, 2, 3, 4] = value
-    hold_to_law(block.train(training), x, torch.float32)
+    hold_to_law(block.train(training), x, torch.float32, device=device)
 
 
 @pytest.mark.parametrize("memory", MEMORY)
@@ -194,9 +196,9 @@ def test_huge_mean_and_tiny_variance(memory: str) -> None:
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-def test_autocast(name: str) -> None:
+def test_autocast(name: str, device: str) -> None:
     block, x = _block(name)
-    hold_to_law(block, x, torch.bfloat16, autocast=True)
+    hold_to_law(block, x, torch.bfloat16, autocast=True, device=device)
 
 
 @pytest.mark.parametrize("memory", MEMORY[1:])

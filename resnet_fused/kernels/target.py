@@ -25,9 +25,9 @@ class Target:
     processors: int
 
     @property
-    def has_wgmma(self) -> bool:
-        """Whether four warps together issue one tensor-core instruction (sm_90 and the datacentre parts after it)."""
-        return self.arch in ("sm_90", "sm_100", "sm_103")
+    def has_tcgen05(self) -> bool:
+        """Whether the tensor cores accumulate in a memory of their own (sm_100 and sm_103)."""
+        return self.arch in ("sm_100", "sm_103")
 
 
 _pretended: Target | None = None

@@ -103,7 +103,10 @@ def _table(problem: Problem, target: Target) -> tuple[_Sizes, ...]:
         bytes_per_flop_pair = 1 / (problem.depth * problem.taps) + 1 / problem.cols
         dense = 1 / bytes_per_flop_pair >= _FLOPS_PER_BYTE
         kind = "fwd join" if problem.loads > 1 else "fwd dense" if dense else "fwd thin"
-    return (*table[kind], *_SMALL_SHARED)
+    sizes = table[kind]
+    if kind == "fwd thin" and problem.taps == 1 and target.has_tcgen05:
+        sizes = (*sizes[1:2], *sizes[:1], *sizes[2:])  # the first spills there without a prologue: two registers
+    return (*sizes, *_SMALL_SHARED)
 
 
 def _fitted(problem: Problem, sizes: _Sizes, target: Target) -> Tile:
