@@ -26,18 +26,24 @@ if not (ROOT / "setup.py").exists():
     pytest.skip("needs a source checkout", allow_module_level=True)
 
 
-@pytest.fixture
-def checkout(tmp_path: Path) -> Path:
+def copy_sources(folder: Path) -> Path:
     """A copy of the sources without anything built."""
-    copy = tmp_path / "checkout"
+    copy = folder / "checkout"
     copy.mkdir()
     for name in SOURCES:
         source = ROOT / name
         if source.is_dir():
-            shutil.copytree(source, copy / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+            shutil.copytree(
+                source, copy / name, ignore=shutil.ignore_patterns("*.so", "_cuda_refusal.txt", "__pycache__")
+            )
         elif source.exists():
             shutil.copy(source, copy / name)
     return copy
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    return copy_sources(tmp_path)
 
 
 def run(*command: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.emulation import nvcc
-from tests.test_build import ROOT, run
+from tests.test_build import copy_sources, run
 
 pytestmark = [pytest.mark.full, pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")]
 
@@ -41,9 +41,10 @@ print(json.dumps({"file": resnet_fused.__file__, "torch": torch.__version__, "cp
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel, built here, unpacked."""
     folder = tmp_path_factory.mktemp("wheel")
+    checkout = copy_sources(folder)
     options = ("--no-build-isolation", "--no-deps", "--no-index", "--wheel-dir", str(folder))
     environment = {"RESNET_FUSED_BUILD_CPU": "1", "RESNET_FUSED_BUILD_CUDA": "auto", "TORCH_CUDA_ARCH_LIST": "8.0+PTX"}
-    built = run(sys.executable, "-m", "pip", "wheel", *options, str(ROOT), cwd=folder, **environment)
+    built = run(sys.executable, "-m", "pip", "wheel", *options, str(checkout), cwd=folder, **environment)
     assert built.returncode == 0, built.stdout + built.stderr
     (wheel,) = folder.glob("*.whl")
     assert "-cp310-abi3-" in wheel.name
