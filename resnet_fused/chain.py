@@ -83,7 +83,7 @@ def _residual(
     if site is None:
         return x, None, None
     if site.bn is None:
-        return plain_projection(link, site, x), None, None
+        return plain_projection(link, site, x, engine), None, None
     call, params = bind(link.block, site, engine)
     call = call._replace(projection=True)
     if hand_stride > 1:

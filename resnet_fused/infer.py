@@ -47,7 +47,7 @@ def _inferred_residual(link: Link, engine: str, x: Tensor, channels: int) -> Ten
     if shortcut.site is None:
         return x
     if shortcut.site.bn is None:
-        return plain_projection(link, shortcut.site, x)
+        return plain_projection(link, shortcut.site, x, engine)
     call, params = bind(link.block, shortcut.site, engine)
     call = call._replace(projection=True)
     if projected.runs(call, Source("plain", x), params.weight):

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from . import projected
 from .calls import SiteCall, SiteParams
 from .spec import ChainSpec, SiteSpec
 
@@ -67,9 +68,11 @@ def bind(block: nn.Module, site: SiteSpec, engine: str) -> tuple[SiteCall, SiteP
     return call, params
 
 
-def plain_projection(link: Link, site: SiteSpec, x: Tensor) -> Tensor:
+def plain_projection(link: Link, site: SiteSpec, x: Tensor, engine: str) -> Tensor:
     """A projection without batch norm: an ordinary convolution, finished."""
     conv = child(link.block, site.conv)
+    if projected.takes(engine, x, conv.weight, conv_padding(conv), conv.groups):
+        return projected.PlainProjectionFunction.apply(conv.stride, x, conv.weight, conv.bias)
     bias = None if conv.bias is None else conv.bias.to(x.dtype)
     weight = conv.weight.to(x.dtype)
     out = nn.functional.conv2d(x, weight, bias, conv.stride, conv_padding(conv), conv.dilation, conv.groups)

@@ -8,9 +8,11 @@ step over, so an input that is a view of every stride-th pixel is read in place.
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import plan, projection
 from .calls import SiteCall, SiteGrads, SiteOutputs, SiteParams, Source, unhanded
@@ -19,20 +21,23 @@ from .engines import library
 _DEVICES = {"cpu": "cpu", "triton": "cuda"}  # an engine to the device whose ops it uses
 
 
-def runs(call: SiteCall, source: Source, weight: Tensor) -> bool:
-    """Whether the projection ops run the site."""
-    x = source.y
+def takes(engine: str, x: Tensor, weight: Tensor, padding: tuple[int, int], groups: int) -> bool:
+    """Whether the projection ops run a convolution of ``x`` for ``engine``."""
     return (
-        call.projection
-        and source.kind == "plain"
-        and x.device.type == _DEVICES.get(call.engine)
+        x.device.type == _DEVICES.get(engine)
         and tuple(weight.shape[2:]) == (1, 1)
-        and tuple(call.padding) == (0, 0)
-        and call.groups == 1
+        and tuple(padding) == (0, 0)
+        and groups == 1
         and weight.dtype in (x.dtype, torch.float32)
-        and plan.projection_extension(call.engine)
+        and plan.projection_extension(engine)
         and projection.unavailable(x.device, x.dtype) is None
     )
+
+
+def runs(call: SiteCall, source: Source, weight: Tensor) -> bool:
+    """Whether the projection ops run the site."""
+    plain = call.projection and source.kind == "plain"
+    return plain and takes(call.engine, source.y, weight, call.padding, call.groups)
 
 
 def _stepped(call: SiteCall, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
@@ -91,3 +96,29 @@ def site_backward(
         dw, _ = projection.projection_wgrad(g, y, x, moments, normed, stride, weight.dtype, False)
         dw = library.like_parameter(dw, weight)
     return SiteGrads(source=dx, weight=dw)
+
+
+class PlainProjectionFunction(torch.autograd.Function):
+    """A shortcut without batch norm: the convolution with its bias, as one node."""
+
+    @staticmethod
+    def forward(ctx: Any, stride: tuple[int, int], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.stride, ctx.bias_dtype = stride, None if bias is None else bias.dtype
+        ctx.save_for_backward(x, weight)
+        return projection.projection_fwd(x, weight.to(x.dtype), bias, stride, False, None, None, None, False)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        _, need_x, need_weight, need_bias = ctx.needs_input_grad
+        dy = dy.contiguous(memory_format=torch.channels_last)
+        dx = dweight = dbias = None
+        if need_x:
+            size = (x.shape[2], x.shape[3])
+            dx = projection.projection_dgrad(dy, None, weight.to(dy.dtype), None, None, size, ctx.stride, None)
+        if need_weight or need_bias:
+            made = projection.projection_wgrad(dy, None, x, None, None, ctx.stride, weight.dtype, need_bias)
+            dweight = library.like_parameter(made[0], weight) if need_weight else None
+            dbias = made[1].to(ctx.bias_dtype) if need_bias else None
+        return None, dx, dweight, dbias

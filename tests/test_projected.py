@@ -55,6 +55,19 @@ def test_running_statistics_and_a_bias(freeze):
 
 
 @needs_ops
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_shortcut_without_batch_norm(bias, dtype):
+    model = shortcut(BasicBlock, 12, 2)
+    model.downsample = nn.Conv2d(12, 8, 1, 2, bias=bias)
+    fused = hold_to_law(model, torch.randn(2, 12, 7, 9), dtype, engine="cpu")
+    x = torch.randn(2, 12, 7, 9).to(dtype).requires_grad_()
+    assert sorted(called(fused, x)) == ["projection_dgrad", "projection_fwd", "projection_wgrad"]
+    fused.requires_grad_(False)
+    assert sorted(called(fused, x)) == ["projection_dgrad", "projection_fwd"]
+
+
+@needs_ops
 @pytest.mark.parametrize("memory", ["lean", "min"])
 def test_what_is_rebuilt_is_rebuilt_by_the_ops(memory):
     fused = hold_to_law(shortcut(Bottleneck, 12, 2), torch.randn(2, 12, 7, 9), torch.float32, memory=memory)
