@@ -33,7 +33,7 @@ _Sizes = tuple[int, int, int, int, int]
 _NARROW: dict[str, tuple[_Sizes, ...]] = {
     "fwd thin": ((128, 64, 32, 8, 4), (64, 128, 64, 8, 3), (128, 64, 64, 8, 3), (128, 128, 64, 8, 3)),
     "fwd dense": ((128, 128, 64, 8, 3), (128, 128, 32, 8, 3), (128, 64, 64, 8, 3), (64, 64, 64, 4, 4)),
-    "fwd join": ((128, 64, 32, 8, 4), (128, 64, 64, 8, 3), (64, 64, 64, 4, 3)),
+    "fwd join": ((128, 64, 32, 8, 4), (128, 64, 32, 8, 3), (128, 64, 64, 8, 3), (64, 64, 64, 4, 3)),
     "dgrad": ((64, 128, 64, 8, 3), (128, 64, 64, 8, 3), (128, 128, 32, 8, 3), (64, 64, 64, 4, 3)),
     "wgrad": ((128, 128, 32, 8, 3), (64, 64, 64, 4, 3), (128, 64, 64, 8, 3), (64, 128, 64, 8, 3)),
 }
@@ -104,8 +104,8 @@ def _table(problem: Problem, target: Target) -> tuple[_Sizes, ...]:
         dense = 1 / bytes_per_flop_pair >= _FLOPS_PER_BYTE
         kind = "fwd join" if problem.loads > 1 else "fwd dense" if dense else "fwd thin"
     sizes = table[kind]
-    if kind == "fwd thin" and problem.taps == 1 and target.has_tcgen05:
-        sizes = (*sizes[1:2], *sizes[:1], *sizes[2:])  # the first spills there without a prologue: two registers
+    if target.has_tcgen05 and (kind, problem.taps > 1) in (("fwd thin", False), ("fwd join", True)):
+        sizes = (*sizes[1:2], *sizes[:1], *sizes[2:])  # the first spills a few registers there
     return (*sizes, *_SMALL_SHARED)
 
 
