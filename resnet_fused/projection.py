@@ -3,13 +3,16 @@
 One set of schemas, kernels for CPU tensors in the one library and for CUDA tensors in the other, so that a CPU-only
 torch loads what it can. Activations are float32, bfloat16 or float16, on the CPU also float64; what is not
 channels_last is copied first, outputs always are. On CUDA, float32 products follow cuDNN's TF32 setting; compute
-capability 8.0 or newer is needed. Either library may be absent: importing this module then still works, `unavailable`
-says why, and a call raises RuntimeError. Every op raises RuntimeError naming the op, the argument, what was expected
-and what came. No gradient flows through these functions: they are the steps of an autograd node.
+capability 7.5 or newer is needed, and a build has code for 7.5 only where TORCH_CUDA_ARCH_LIST names it: there only
+float16 runs on tensor cores, all else by exact float32 products, TF32 too. Either library may be absent: importing this
+module then still works, `unavailable` says why, and a call raises RuntimeError. Every op raises RuntimeError naming the
+op, the argument, what was expected and what came. No gradient flows through these functions: they are the steps of an
+autograd node.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +28,11 @@ __all__ = ["load_cuda", "projection_dgrad", "projection_fwd", "projection_wgrad"
 
 _TILE_ROWS = 128  # rows of one tile of statistics
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_OLDEST_CAPABILITY = (8, 0)
+_OLDEST_CAPABILITY = (7, 5)
+
+
+def _cuda_libraries() -> list[Path]:
+    return sorted(Path(__file__).resolve().parent.glob("_cuda*.so"))
 
 
 @functools.cache
@@ -38,9 +45,9 @@ def load_cuda() -> str | None:
         return f"the schemas are in the CPU library: {_CPU_REASON}"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is not a CUDA build"
-    package = Path(__file__).resolve().parent
-    libraries = sorted(package.glob("_cuda*.so"))
+    libraries = _cuda_libraries()
     if not libraries:
+        package = Path(__file__).resolve().parent
         note = package / "_cuda_refusal.txt"
         said = note.read_text(encoding="utf-8").strip() if note.exists() else f"no _cuda*.so in {package}"
         return f"the CUDA library is not built: {said}"
@@ -51,14 +58,31 @@ def load_cuda() -> str | None:
     return None
 
 
+def _built_for() -> tuple[int, int] | None:
+    """The oldest compute capability that the CUDA library has code for; None where it does not say."""
+    library = ctypes.CDLL(str(_cuda_libraries()[0]))
+    ask = getattr(library, "resnet_fused_oldest_arch", None)
+    return None if ask is None else divmod(ask(), 10)
+
+
 @functools.cache
 def _capability_reason(index: int | None) -> str | None:
     if not torch.cuda.is_available():
         return "torch sees no GPU"
     capability = torch.cuda.get_device_capability(index)
-    if capability >= _OLDEST_CAPABILITY:
-        return None
-    return f"the kernels need compute capability 8.0, and this GPU has {'.'.join(map(str, capability))}"
+    has = f"this GPU has {'.'.join(map(str, capability))}"
+    if capability < _OLDEST_CAPABILITY:
+        return f"the kernels need compute capability {'.'.join(map(str, _OLDEST_CAPABILITY))}, and {has}"
+    built_for = _built_for()
+    if built_for is None:
+        return "the CUDA library is older than this package: build it again"
+    if capability < built_for:
+        asked = '"7.5;8.0;9.0;10.0;12.0+PTX"'
+        oldest = ".".join(map(str, built_for))
+        return (
+            f"the CUDA library is built for {oldest} and newer, and {has}: build it with TORCH_CUDA_ARCH_LIST={asked}"
+        )
+    return None
 
 
 # What torch.compiler.assume_constant_result does, which imports all of the compiler: see `_CPU_REASON`.

@@ -171,8 +171,8 @@ def test_an_nvcc_that_fails_does_not_break_the_install(checkout: Path, fake_tool
     ("archs", "refusal", "said"),
     [
         ("8.0;9.0", None, "8.0;9.0; left out: 9.0 (this nvcc does not know it)"),
-        ("7.5 8.0+PTX", None, "7.5 8.0+PTX; left out: 7.5 (the kernels need 8.0)"),
-        ("7.5", "no architecture is left of TORCH_CUDA_ARCH_LIST=7.5; left out: 7.5 (the kernels need 8.0)", "7.5;"),
+        ("7.0 8.0+PTX", None, "7.0 8.0+PTX; left out: 7.0 (the kernels need 7.5)"),
+        ("7.0", "no architecture is left of TORCH_CUDA_ARCH_LIST=7.0; left out: 7.0 (the kernels need 7.5)", "7.0;"),
     ],
 )
 def test_architectures(
@@ -205,6 +205,26 @@ def test_where_there_is_nvcc_the_cuda_library_is_built_and_loads() -> None:
     assert reason is None
     for name in ("projection_fwd", "projection_dgrad", "projection_wgrad"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"resnet_fused::{name}", "CUDA")
+
+
+@pytest.mark.parametrize(
+    ("capability", "built_for", "reason"),
+    [
+        ((8, 0), (8, 0), None),
+        ((7, 5), (7, 5), None),
+        ((7, 5), (8, 0), r"built for 8\.0 and newer, and this GPU has 7\.5: build it with TORCH_CUDA_ARCH_LIST="),
+        ((7, 0), (7, 5), r"need compute capability 7\.5, and this GPU has 7\.0"),
+        ((8, 0), None, "older than this package"),
+    ],
+)
+def test_a_gpu_without_code_is_refused_in_words(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], built_for: tuple[int, int] | None, reason: str | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(projection, "_built_for", lambda: built_for)
+    said = projection._capability_reason.__wrapped__(None)
+    assert said is None if reason is None else re.search(reason, said)
 
 
 @pytest.mark.full

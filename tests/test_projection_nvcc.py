@@ -28,7 +28,7 @@ def builds(targets):
     return [pytest.param(*pair, marks=() if pair in quick else pytest.mark.full) for pair in pairs]
 
 
-BUILDS, EXECUTED = builds(nvcc.TARGETS), builds(("sm_80", "sm_90"))
+BUILDS, EXECUTED = builds([target for target in nvcc.TARGETS if target != "sm_75"]), builds(("sm_80", "sm_90"))
 MAIN = ("train-bias", "infer-block-end", "dgrad-batch-add", "wgrad-batch-wide-bias")
 # A ragged shape, and one of whole tiles and whole sectors.
 RAGGED = ((1, 72, 15, 11), 136, (1, 1))
@@ -54,6 +54,26 @@ def test_resources(math, target):
         else:
             # 8 warps share 128 rows and the columns; a slice is 4 steps: all of its products are one loop body.
             assert k.count("HMMA") == 128 // 16 * k.columns // 8 // 8 * 4, k
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "math", [math if math == "f16" else pytest.param(math, marks=pytest.mark.full) for math in DTYPES]
+)
+def test_resources_of_sm_75(math):
+    # The plan never chooses the tiles of 128 columns there.
+    found = [k for k in nvcc.kernels(math, "sm_75") if k.columns == 64]
+    assert {k.operation for k in found} == set(device.OPERATIONS)
+    for k in found:
+        assert (k.spills, k.stack_bytes) == (0, 0), k
+        assert k.shared_bytes <= nvcc.LIMITS["sm_75"][0], k
+        assert k.blocks_per_multiprocessor() >= 1, k
+        assert k.count("LDG", "128") > 0 and k.count("STG", "128") > 0 and not k.count("LDGSTS"), k
+        if math == "f16":
+            # Products of 16x8x8, half as deep as those of 8.0.
+            assert k.count("HMMA") == 128 // 16 * k.columns // 8 // 8 * 8, k
+        else:
+            assert k.count("FFMA") >= 64 and not k.count("HMMA"), k
 
 
 def inputs_of(math, shape):
@@ -153,6 +173,14 @@ def test_bytes_at_resnet50s_sites_are_within_5_percent_of_the_least(site, gpu):
         *_, splits = device.plan((n, c, h, h), k, strides, 2, True, MULTIPROCESSORS[gpu])
         counted, partials = moved(n, c, k, h, stride, 2, tiles(n * (-(-h // stride)) ** 2), splits)
         assert sum(counted) <= 1.05 * (sum(counted) - sum(partials))
+
+
+@needs_gxx
+def test_plan_chooses_tiles_that_fit_64_kib():
+    for site in ((256, 64, 56, 56), (256, 256, 56, 56)):
+        *columns, splits = device.plan(site, 512, (2, 2), 2, True, 40, 64 * nvcc.KIB)
+        assert columns == [64, 64, 64]
+        assert splits >= 1
 
 
 @needs_gxx

@@ -1,10 +1,12 @@
 // What the host code asks of the CUDA runtime; apart from it, so that the ops need none of CUDA's headers.
 #pragma once
 
+#include "plan.h"
+
 namespace resnet_fused::cuda {
 
-// Multiprocessors of a device; 0 if the runtime does not say.
-int multiprocessors(int device);
+// No multiprocessors, and the shared memory of 8.0, if the runtime does not say.
+Device describe(int device);
 
 const char* error_text(int error);
 

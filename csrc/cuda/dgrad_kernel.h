@@ -8,16 +8,18 @@
 
 namespace resnet_fused::cuda {
 
-template <class Math, int kColumns>
+template <class Math, int kColumns, bool kOld = kBefore80>
 struct DgradShared {
   using Element = typename Math::Element;
-  static constexpr int kStages = 2;
+  static constexpr int kStages = kOld ? 1 : 2;
+  static constexpr int kTableSlots = 2;
   static constexpr int kY = kAlongBytes<Element, kBlockRows>;
   static constexpr int kWeight = 2 * kY;
   static constexpr int kStageBytes = kWeight + kAcrossBytes<Element, kColumns>;
   static constexpr int kTables = kStages * kStageBytes;
   static constexpr int kTableBytes = kCoefficientRows * kDepth<Math> * 4;
-  static constexpr int kBytes = kTables + kStages * kTableBytes;
+  static constexpr int kLoopBytes = kTables + kTableSlots * kTableBytes, kStagingBytes = kBlockRows * kColumns * 4;
+  static constexpr int kBytes = kLoopBytes > kStagingBytes ? kLoopBytes : kStagingBytes;
 };
 
 template <class Math, int kColumns, class Product>
@@ -31,7 +33,7 @@ __device__ __forceinline__ void dgrad_main_loop(const DgradArgs& args, int row, 
   const Loader rows(DenseRows{static_cast<int>(args.shape.rows), K}, row);
   const auto stage_of = [&](int slice) { return shared + slice % Shared::kStages * Shared::kStageBytes; };
   const auto table_of = [&](int slice) {
-    return reinterpret_cast<float*>(shared + Shared::kTables + slice % Shared::kStages * Shared::kTableBytes);
+    return reinterpret_cast<float*>(shared + Shared::kTables + slice % Shared::kTableSlots * Shared::kTableBytes);
   };
   const auto load_table = [&](int slice) {
     if (args.prologue == kPlain || slice >= slices) return;
@@ -69,8 +71,12 @@ __device__ __forceinline__ void dgrad_main_loop(const DgradArgs& args, int row, 
       }
     }
     __syncthreads();
-    load(slice + 1);
+    if constexpr (Shared::kStages > 1) load(slice + 1);
     product.multiply(stage, stage + Shared::kWeight);
+    if constexpr (Shared::kStages == 1) {
+      __syncthreads();
+      load(slice + 1);
+    }
   }
 }
 

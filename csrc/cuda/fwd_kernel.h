@@ -12,10 +12,10 @@ namespace resnet_fused::cuda {
 // product and of the main branch.
 enum ChannelRow : int { kBias, kOwnMean, kOwnScale, kOwnShift, kAddMean, kAddScale, kAddShift, kChannelRows };
 
-template <class Math, int kColumns>
+template <class Math, int kColumns, bool kOld = kBefore80>
 struct FwdShared {
   using Element = typename Math::Element;
-  static constexpr int kStages = 3;
+  static constexpr int kStages = kOld ? 2 : 3;
   static constexpr int kWeight = kAlongBytes<Element, kBlockRows>;
   static constexpr int kStageBytes = kWeight + kAlongBytes<Element, kColumns>;
   static constexpr int kChannels = kBlockRows * kColumns * 4; // behind the staged product

@@ -9,12 +9,13 @@ namespace resnet_fused::cuda {
 enum Operation : int { kFwd = 0, kDgrad = 1, kWgrad = 2 };
 
 struct Launchers {
-  int (*fwd)(const FwdArgs& args, int block_columns, void* stream);
-  int (*dgrad)(const DgradArgs& args, int block_columns, void* stream);
+  // `shared_limit` is the shared memory that the device gives a block.
+  int (*fwd)(const FwdArgs& args, int block_columns, int shared_limit, void* stream);
+  int (*dgrad)(const DgradArgs& args, int block_columns, int shared_limit, void* stream);
   // Two kernels where there is more than one split.
-  int (*wgrad)(const WgradArgs& args, int block_columns, void* stream);
+  int (*wgrad)(const WgradArgs& args, int block_columns, int shared_limit, void* stream);
   // The most shared memory that a block of the kernel asks for.
-  int (*shared_bytes)(Operation operation, int block_columns);
+  int (*shared_bytes)(Operation operation, int block_columns, int shared_limit);
 };
 
 namespace bf16 {

@@ -69,7 +69,8 @@ class TensorProduct {
 
  private:
   static __device__ __forceinline__ uint32_t as_operand(uint32_t bits) {
-    return sizeof(Element) == 4 ? round_to_tf32(bits) : bits;
+    if constexpr (sizeof(Element) == 4) return round_to_tf32(bits);
+    return bits;
   }
 
   // Rows [row, row + 16).
@@ -115,9 +116,10 @@ class TensorProduct {
   float acc_[kDown][kSide][4] = {};
 };
 
-// float32 by fused multiply-add: every thread has kDown rows and 8 columns.
+// float32 by fused multiply-add: every thread has kDown rows and 8 columns, and takes four elements, a quad, at a time.
 template <class Math, Layout kLayoutA, Layout kLayoutB, int kColumns>
 class FmaProduct {
+  using Element = typename Math::Element;
   using Warp = WarpTile<kColumns>;
   static constexpr int kDown = Warp::kWarpRows / 8, kSide = 8;
 
@@ -126,14 +128,14 @@ class FmaProduct {
 
   __device__ __forceinline__ void multiply(const unsigned char* a_tile, const unsigned char* b_tile) {
 #pragma unroll 1
-    for (int chunk = 0; chunk < 8; ++chunk) {
+    for (int step = 0; step < kDepth<Math> / 4; ++step) {
       float a[kDown][4];
-      load_a(a, a_tile, chunk);
+      load_a(a, a_tile, step);
       if constexpr (kLayoutB == kAlong) {
 #pragma unroll
         for (int j = 0; j < kSide; ++j) {
           float b[4];
-          quad(b, b_tile + along_offset(column(j), chunk));
+          along_quad(b, b_tile, column(j), step);
 #pragma unroll
           for (int k = 0; k < 4; ++k) {
 #pragma unroll
@@ -146,7 +148,7 @@ class FmaProduct {
 #pragma unroll
           for (int j = 0; j < kSide; j += 4) {
             float b[4];
-            quad(b, b_tile + across_offset<float, kColumns>(4 * chunk + k, column(j) / 4));
+            across_quad<kColumns>(b, b_tile, 4 * step + k, column(j));
 #pragma unroll
             for (int i = 0; i < kDown; ++i) {
 #pragma unroll
@@ -177,21 +179,30 @@ class FmaProduct {
     return Warp::first_column() + static_cast<int>(threadIdx.x) % 32 / 8 * 4 + j % 4 + 16 * (j / 4);
   }
 
-  static __device__ __forceinline__ void quad(float* values, const unsigned char* at) {
-    Packing<float>::unpack(load_chunk(at), values);
+  // Quad `step` of the reduction at `row` of an Along tile.
+  static __device__ __forceinline__ void along_quad(float* values, const unsigned char* tile, int row, int step) {
+    const int offset = along_offset(row, 4 * step / kPerChunk<Element>);
+    load_quad(reinterpret_cast<const Element*>(tile + offset) + 4 * step % kPerChunk<Element>, values);
   }
 
-  static __device__ __forceinline__ void load_a(float (*a)[4], const unsigned char* tile, int chunk) {
+  // The quad from `at` on of row `step` of an Across tile.
+  template <int kExtent>
+  static __device__ __forceinline__ void across_quad(float* values, const unsigned char* tile, int step, int at) {
+    const int offset = across_offset<Element, kExtent>(step, at / kPerChunk<Element>);
+    load_quad(reinterpret_cast<const Element*>(tile + offset) + at % kPerChunk<Element>, values);
+  }
+
+  static __device__ __forceinline__ void load_a(float (*a)[4], const unsigned char* tile, int step) {
     if constexpr (kLayoutA == kAlong) {
 #pragma unroll
-      for (int i = 0; i < kDown; ++i) quad(a[i], tile + along_offset(row(i), chunk));
+      for (int i = 0; i < kDown; ++i) along_quad(a[i], tile, row(i), step);
     } else {
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
 #pragma unroll
         for (int i = 0; i < kDown; i += 4) {
           float rows[4];
-          quad(rows, tile + across_offset<float, kBlockRows>(4 * chunk + k, row(i) / 4));
+          across_quad<kBlockRows>(rows, tile, 4 * step + k, row(i));
 #pragma unroll
           for (int m = 0; m < 4; ++m) a[i + m][k] = rows[m];
         }
@@ -202,11 +213,13 @@ class FmaProduct {
   float acc_[kDown][kSide] = {};
 };
 
-// Blocks that must fit on a multiprocessor's registers: two where the accumulators leave room for the rest.
+// Blocks that must fit on a multiprocessor's registers: two where the accumulators leave room for the rest. Before
+// 8.0 shared memory has room for one.
 template <class Math, int kColumns>
-constexpr int kFwdBlocks = Math::kTensorCores || kColumns == 64 ? 2 : 1;
+constexpr int kFwdBlocks = !kBefore80 && (Math::kTensorCores || kColumns == 64) ? 2 : 1;
 template <class Math, int kColumns>
-constexpr int kBackwardBlocks = kColumns == 64 && (!Math::kTensorCores || sizeof(typename Math::Element) == 2) ? 2 : 1;
+constexpr int kBackwardBlocks =
+    !kBefore80 && kColumns == 64 && (!Math::kTensorCores || sizeof(typename Math::Element) == 2) ? 2 : 1;
 
 template <bool kTensorCores>
 struct ProductOf {

@@ -20,7 +20,7 @@ namespace {
 class Call {
  public:
   explicit Call(const Tensor& t)
-      : index_(t.get_device_index()), guard_(index_), multiprocessors_(multiprocessors(index_)) {
+      : index_(t.get_device_index()), guard_(index_), device_(describe(index_)) {
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream_));
   }
 
@@ -37,12 +37,12 @@ class Call {
   }
 
   void* stream() const { return stream_; }
-  int multiprocessors_of_device() const { return multiprocessors_; }
+  const Device& device() const { return device_; }
 
  private:
   int32_t index_;
   torch::stable::accelerator::DeviceGuard guard_;
-  int multiprocessors_;
+  Device device_;
   void* stream_ = nullptr;
 };
 
@@ -102,8 +102,9 @@ std::tuple<Tensor, Tensor> projection_fwd(const Tensor& x_any, const Tensor& wei
                      floats(moments),      data_of(add),           floats(add_moments),
                      relu,                 whole(x, s.C),          whole(weight, s.C),
                      whole(out, s.K) && whole(add, s.K)};
-  const int columns = choose_block_columns(tiles_of(s.rows(), 128), s.K, call.multiprocessors_of_device());
-  check_launch("projection_fwd", launchers_for(x.scalar_type(), allow_tf32).fwd(args, columns, call.stream()));
+  const int columns = choose_block_columns(tiles_of(s.rows(), 128), s.K, call.device());
+  const Launchers& launchers = launchers_for(x.scalar_type(), allow_tf32);
+  check_launch("projection_fwd", launchers.fwd(args, columns, call.device().shared_bytes, call.stream()));
   return {out, partials};
 }
 
@@ -135,8 +136,9 @@ Tensor projection_dgrad(const Tensor& g_any, const OptionalTensor& y_any, const 
                        whole(g, s.K) && whole(y, s.K),
                        whole(weight, s.C),
                        whole(dx, s.C) && whole(add, s.C)};
-  const int columns = choose_block_columns(tiles_of(s.rows(), 128), s.C, call.multiprocessors_of_device());
-  check_launch("projection_dgrad", launchers_for(g.scalar_type(), allow_tf32).dgrad(args, columns, call.stream()));
+  const int columns = choose_block_columns(tiles_of(s.rows(), 128), s.C, call.device());
+  const Launchers& launchers = launchers_for(g.scalar_type(), allow_tf32);
+  check_launch("projection_dgrad", launchers.dgrad(args, columns, call.device().shared_bytes, call.stream()));
   return dx;
 }
 
@@ -154,7 +156,7 @@ std::tuple<Tensor, Tensor> projection_wgrad(const Tensor& g_any, const OptionalT
   const Tensor dbias = call.empty({bias ? s.K : 0}, {1}, ScalarType::Float);
   const Geometry shape = geometry_of(s);
   const int element = static_cast<int>(x.element_size());
-  const WgradPlan plan = choose_wgrad_plan(shape, element, y.has_value(), call.multiprocessors_of_device());
+  const WgradPlan plan = choose_wgrad_plan(shape, element, y.has_value(), call.device());
   const int64_t part = s.K * s.C, parts = plan.splits > 1 ? plan.splits : 0;
   const Tensor workspace = call.empty({parts * (part + s.K)}, {1}, ScalarType::Float);
   float* partials = parts > 0 ? static_cast<float*>(workspace.mutable_data_ptr()) : nullptr;
@@ -175,7 +177,8 @@ std::tuple<Tensor, Tensor> projection_wgrad(const Tensor& g_any, const OptionalT
                        whole(x, s.C),
                        whole(dweight, s.C)};
   const Launchers& launchers = launchers_for(x.scalar_type(), allow_tf32);
-  check_launch("projection_wgrad", launchers.wgrad(args, plan.block_columns, call.stream()));
+  const int limit = call.device().shared_bytes;
+  check_launch("projection_wgrad", launchers.wgrad(args, plan.block_columns, limit, call.stream()));
   return {dweight, dbias};
 }
 

@@ -67,7 +67,7 @@ __device__ __forceinline__ void load_coefficients(float* table, const float* mom
     if (prologue != kBatchStatistics && row != kScale) continue;
     const bool present = channel < K;
     const float* source = coefficient_row(moments, sums, row, K);
-    cp_async_4(table + i, present ? source + channel : source, present);
+    copy_4(table + i, present ? source + channel : source, present);
   }
 }
 

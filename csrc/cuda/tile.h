@@ -56,6 +56,24 @@ struct GatheredRows {
   }
 };
 
+// Sixteen and four bytes from global to shared memory; zeros, and no access, where `present` is false. Asynchronous
+// from 8.0 on; before it there when the call returns, so that what waits for copies finds none.
+__device__ __forceinline__ void copy_16(void* shared, const void* global, bool present) {
+  if constexpr (kBefore80) {
+    store_shared_16(shared, (present ? load_chunk(global) : Chunk{}).words);
+  } else {
+    cp_async_16(shared, global, present);
+  }
+}
+
+__device__ __forceinline__ void copy_4(float* shared, const float* global, bool present) {
+  if constexpr (kBefore80) {
+    *shared = present ? *global : 0.f;
+  } else {
+    cp_async_4(shared, global, present);
+  }
+}
+
 // One chunk to shared memory: asynchronously, or element by element where rows are not whole chunks.
 // `count` says how many elements from `offset` on exist; none where it is not positive.
 template <class Element>
@@ -63,7 +81,7 @@ __device__ __forceinline__ void copy_chunk(unsigned char* shared, const Element*
                                            bool aligned) {
   if (aligned) {
     const bool present = count > 0;
-    cp_async_16(shared, present ? base + offset : base, present);
+    copy_16(shared, present ? base + offset : base, present);
     return;
   }
   float values[kPerChunk<Element>];

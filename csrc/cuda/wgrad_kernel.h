@@ -8,14 +8,15 @@
 
 namespace resnet_fused::cuda {
 
-template <class Math, int kColumns>
+template <class Math, int kColumns, bool kOld = kBefore80>
 struct WgradShared {
   using Element = typename Math::Element;
-  static constexpr int kStages = 2;
+  static constexpr int kStages = kOld ? 1 : 2;
   static constexpr int kY = kAcrossBytes<Element, kBlockRows>;
   static constexpr int kX = 2 * kY;
   static constexpr int kStageBytes = kX + kAcrossBytes<Element, kColumns>;
-  static constexpr int kTable = kStages * kStageBytes;
+  static constexpr int kLoopBytes = kStages * kStageBytes, kStagingBytes = kBlockRows * kColumns * 4;
+  static constexpr int kTable = kLoopBytes > kStagingBytes ? kLoopBytes : kStagingBytes; // behind both
   static constexpr int kBytes = kTable + kCoefficientRows * kBlockRows * 4;
 };
 
@@ -94,9 +95,13 @@ __device__ __forceinline__ float wgrad_main_loop(const WgradArgs& args, const Sp
       }
     }
     __syncthreads();
-    load(slice + 1);
+    if constexpr (Shared::kStages > 1) load(slice + 1);
     product.multiply(stage, stage + Shared::kX);
     if (want_sums) sum += channel_sum<Math>(stage);
+    if constexpr (Shared::kStages == 1) {
+      __syncthreads();
+      load(slice + 1);
+    }
   }
   return sum;
 }

@@ -1,8 +1,9 @@
 """The CUDA sources built as C++ against an emulated device, and run on CPU tensors.
 
 A build has one kind of arithmetic and one variant: plain, with AddressSanitizer and UBSan, or with
-ThreadSanitizer, which knows nothing but barriers and so finds what races in shared and global memory. An edit
-changes the sources first: that is how bugs are planted. Builds are kept under ``build/`` by their content.
+ThreadSanitizer, which knows nothing but barriers and so finds what races in shared and global memory; each of
+them also as the code for sm_75, which gives a block 64 KiB of shared memory. An edit changes the sources first: that
+is how bugs are planted. Builds are kept under ``build/`` by their content.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ VARIANTS = {
     "asan": ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "tsan": ["-O1", "-g1", "-fsanitize=thread"],
 }
+VARIANTS |= {f"{name}-sm_75": [*flags, "-D__CUDA_ARCH__=750"] for name, flags in VARIANTS.items()}
 OPERATIONS = ("fwd", "dgrad", "wgrad")
 _OPTIONS = {"ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0", "TSAN_OPTIONS": "halt_on_error=1"}
 Edit = tuple[str, str, str]  # a file, a pattern, what every match becomes
@@ -138,12 +140,18 @@ def run(
 
 
 def plan(
-    x_shape: Sequence[int], k: int, stride: tuple[int, int], element_bytes: int, reads_y: bool, multiprocessors: int
+    x_shape: Sequence[int],
+    k: int,
+    stride: tuple[int, int],
+    element_bytes: int,
+    reads_y: bool,
+    multiprocessors: int,
+    shared_bytes: int = 99 * 1024,
 ) -> tuple[int, int, int, int]:
     """What csrc/cuda/plan.h chooses: columns of fwd, dgrad and wgrad, and the splits of wgrad."""
     n, c, h, w = x_shape
     p, q = -(-h // stride[0]), -(-w // stride[1])
-    values = (n, c, h, w, k, p, q, *stride, element_bytes, int(reads_y), multiprocessors)
+    values = (n, c, h, w, k, p, q, *stride, element_bytes, int(reads_y), multiprocessors, shared_bytes)
     command = [build("bf16"), "plan", *map(str, values)]
     fwd, dgrad, wgrad, splits = map(int, subprocess.run(command, capture_output=True, check=True).stdout.split())
     return fwd, dgrad, wgrad, splits

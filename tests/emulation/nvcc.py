@@ -28,9 +28,10 @@ sys.path.insert(0, str(device.ROOT / "csrc"))
 import cuda_build  # the module that setup.py finds a toolkit with; it is no part of the package
 
 KIB = 1024
-TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 # Dynamic shared memory of one block at most, and of a multiprocessor, bytes; resident warps.
 LIMITS = {
+    "sm_75": (64 * KIB, 64 * KIB, 32),
     "sm_80": (163 * KIB, 164 * KIB, 64),
     "sm_86": (99 * KIB, 100 * KIB, 48),
     "sm_89": (99 * KIB, 100 * KIB, 48),
@@ -125,9 +126,10 @@ class CompiledKernel:
 
 
 @functools.cache
-def shared_bytes(math: str) -> dict[tuple[str, int], int]:
+def shared_bytes(math: str, target: str) -> dict[tuple[str, int], int]:
     """Dynamic shared memory by operation and columns, as the launchers ask for it."""
-    printed = subprocess.run([device.build(math)], capture_output=True, text=True, check=True).stdout
+    program = device.build(math, "plain-sm_75" if target == "sm_75" else "plain")
+    printed = subprocess.run([program], capture_output=True, text=True, check=True).stdout
     rows = (map(int, line.split()) for line in printed.splitlines())
     return {(device.OPERATIONS[operation], columns): size for operation, columns, size in rows}
 
@@ -147,7 +149,7 @@ def kernels(math: str, target: str) -> tuple[CompiledKernel, ...]:
             continue
         operation, columns = match[1], int(match[2])
         opcodes = collections.Counter(_OPCODE.findall(bodies[name]))
-        shared = shared_bytes(math)[operation, columns]
+        shared = shared_bytes(math, target)[operation, columns]
         found.append(CompiledKernel(operation, math, columns, target, int(registers), int(stack), shared, opcodes))
     return tuple(found)
 

@@ -88,7 +88,7 @@ def on_ptx(
         shape = Geometry(rows, c, k, h, w, p, q, sh, sw)
         pointers = [_address(tensor) for tensor in t]
         what = f"NS0_{len(_CLASSES[math])}{_CLASSES[math]}ELi{columns}E"
-        shared = nvcc.shared_bytes(math)[operation, columns]
+        shared = nvcc.shared_bytes(math, target)[operation, columns]
         row_tiles = _tiles(rows, BLOCK_ROWS)
         if operation == "fwd":
             aligned = (_whole(t[0], c), _whole(t[1], c), _whole(t[3], k) and _whole(t[6], k))

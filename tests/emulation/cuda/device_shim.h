@@ -28,8 +28,12 @@ struct dim3 {
 
 namespace device_shim {
 
-// The most that a block may ask for on the smallest of the targets.
+// The most that a block may ask for on the smallest of the targets; __CUDA_ARCH__ defined as 750 makes this an sm_75.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr int kSharedLimit = 64 * 1024;
+#else
 constexpr int kSharedLimit = 99 * 1024;
+#endif
 inline thread_local int shared_allowed = 0;
 inline thread_local int last_error = cudaSuccess;
 

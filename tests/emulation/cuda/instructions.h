@@ -147,19 +147,19 @@ struct DecodeTF32 {
   static float at(uint32_t word, int) { return bits_to_float(word & 0xffffe000u); }
 };
 
-// d (16x8) += a (16 x 8 registers' worth) * b, fragments as PTX lays them out.
-template <class Decode>
+// d (16x8) += a (16 x 4 kHalves registers' worth) * b, fragments as PTX lays them out.
+template <class Decode, int kHalves>
 SHIM_UNSEEN void multiply_matrices(void* const* operands) {
-  constexpr int kPer = Decode::kPerRegister, kDepth = 8 * kPer;
+  constexpr int kPer = Decode::kPerRegister, kDepth = 4 * kHalves * kPer;
   float a[16][kDepth], b[kDepth][8];
   for (unsigned lane = 0; lane < kWarp; ++lane) {
     const auto* own = static_cast<const MultiplyOperands*>(operands[lane]);
     const unsigned group = lane / 4, within = lane % 4;
     for (unsigned i = 0; i < kPer; ++i) {
-      for (unsigned r = 0; r < 4; ++r) {
+      for (unsigned r = 0; r < 2 * kHalves; ++r) {
         a[group + 8 * (r % 2)][within * kPer + i + 4 * kPer * (r / 2)] = Decode::at(own->a[r], i);
       }
-      for (unsigned r = 0; r < 2; ++r) b[within * kPer + i + 4 * kPer * r][group] = Decode::at(own->b[r], i);
+      for (unsigned r = 0; r < kHalves; ++r) b[within * kPer + i + 4 * kPer * r][group] = Decode::at(own->b[r], i);
     }
   }
   for (unsigned row = 0; row < 16; ++row) {
@@ -174,13 +174,14 @@ SHIM_UNSEEN void multiply_matrices(void* const* operands) {
   }
 }
 
-template <class Decode>
+template <class Decode, int kHalves = 2>
 void multiply(float* d, const uint32_t* a, const uint32_t* b) {
   MultiplyOperands operands{d, a, b};
-  warp_collective(multiply_matrices<Decode>, &operands);
+  warp_collective(multiply_matrices<Decode, kHalves>, &operands);
 }
 inline void mma_bf16(float* d, const uint32_t* a, const uint32_t* b) { multiply<DecodeBF16>(d, a, b); }
 inline void mma_f16(float* d, const uint32_t* a, const uint32_t* b) { multiply<DecodeF16>(d, a, b); }
+inline void mma_f16_k8(float* d, const uint32_t* a, const uint32_t* b) { multiply<DecodeF16, 1>(d, a, b); }
 inline void mma_tf32(float* d, const uint32_t* a, const uint32_t* b) { multiply<DecodeTF32>(d, a, b); }
 
 } // namespace device_shim
