@@ -70,8 +70,8 @@ def force(name: str | None) -> Iterator[None]:
         _forced = previous
 
 
-def projection_extension(engine: str) -> bool:
-    """Whether the C++/CUDA ops run the shortcuts of an engine; `force` asks for what runs the other sites."""
+def projection_extension() -> bool:
+    """Whether the C++/CUDA ops run the shortcuts; `force` asks for what runs the other sites."""
     return _forced is None
 
 

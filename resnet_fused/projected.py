@@ -29,7 +29,7 @@ def takes(engine: str, x: Tensor, weight: Tensor, padding: tuple[int, int], grou
         and tuple(padding) == (0, 0)
         and groups == 1
         and weight.dtype in (x.dtype, torch.float32)
-        and plan.projection_extension(engine)
+        and plan.projection_extension()
         and projection.unavailable(x.device, x.dtype) is None
     )
 
