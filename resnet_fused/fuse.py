@@ -168,8 +168,10 @@ def _fuse_runs(model: nn.Module, memory: str, engine: str | None) -> None:
             _swap(module, FusedTrunk, _stem_binding(module, memory, engine))
 
 
-def _holds_block(model: nn.Module, stage: str) -> bool:
-    return any(isinstance(m, FusedBlock) for m in getattr(model, stage).children())
+def _holds_block(model: nn.Module, name: str) -> bool:
+    """Whether a stage is a block, as a plain net's is, or has one."""
+    stage = getattr(model, name)
+    return any(isinstance(m, FusedBlock) for m in (stage, *stage.children()))
 
 
 def _is_trunk(module: nn.Module) -> bool:

@@ -57,7 +57,8 @@ def is_frozen_norm(module: nn.Module) -> bool:
 
 def is_opaque(module: nn.Module) -> bool:
     """Whether the forward is torch's own, and no plain container's: not to be traced through."""
-    return type(module).__module__.split(".")[0] == "torch" and type(module) not in _CONTAINERS
+    cls = stock_class(module)
+    return cls.__module__.split(".")[0] == "torch" and cls not in _CONTAINERS
 
 
 def named(path: str, module: nn.Module) -> str:

@@ -14,6 +14,7 @@ import resnet_fused
 from resnet_fused import eager_blocks as eager
 from resnet_fused import explain, fuse, fused, unfuse
 from resnet_fused.modules import Fused, FusedBlock, FusedStage, FusedTrunk
+from resnet_fused.resnet import plain
 
 from .harness import hold_to_law, randomise, step
 
@@ -256,3 +257,13 @@ def test_double_backward_is_a_clear_error() -> None:
     (grad,) = torch.autograd.grad(block(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
+
+
+def test_stages_that_are_chains_are_blocks_of_a_trunk() -> None:
+    model = fuse(plain(20))
+    kinds = [type(module) for module in model.modules()]
+    records = explain(model).blocks
+    assert [(r.name, r.fused, r.plan and r.plan.extent) for r in records] == [
+        (name, True, "trunk") for name in ("stem", "layer1", "layer2", "layer3")
+    ]
+    assert [type(module) for module in fuse(model).modules()] == kinds
