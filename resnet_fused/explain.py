@@ -1,10 +1,14 @@
-"""What runs, and why: one record for every block of a model."""
+"""What runs, and why: one record for every block of a model, and for given images one for every site."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from . import engines, plan
 from .chain import recomputes
@@ -13,7 +17,10 @@ from .kernels.geometry import precision
 from .links import child, conv_padding
 from .modules import BINDING, Fused, FusedBlock, FusedStage, FusedTrunk, obstacle
 from .recognise import Refusal, find_chains
+from .siteplan import SitePlan, site_plans
 from .spec import ChainSpec
+
+_MB, _GIGA, _MS = 1e6, 1e9, 1e3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,12 +44,63 @@ class BlockRecord:
     plan: BlockPlan | None
 
 
+@dataclasses.dataclass(frozen=True)
+class SiteRecord:
+    """One site of a training step: its plan, what it costs, and what bounds its time.
+
+    Args:
+        moved: bytes read and written, forward and backward.  kept: bytes of its tensors kept for the backward.
+        flops: a multiply-add is two.  bound: ``memory`` or ``compute``.  seconds: the floor that follows, modelled.
+            Both are None where the device's rates are not known.
+    """
+
+    plan: SitePlan
+    moved: float
+    kept: int
+    flops: float
+    bound: str | None
+    seconds: float | None
+
+    def cells(self) -> tuple[str, ...]:
+        """The row of the table."""
+        s = self.plan.shape
+        conv = f"{s.filter[0]}x{s.filter[1]}/{s.stride[0]} {s.c}->{s.k}" + (f" g{s.groups}" if s.groups > 1 else "")
+        numbers = (f"{self.moved / _MB:.1f}", f"{self.kept / _MB:.1f}", f"{self.flops / _GIGA:.2f}")
+        bound = "-" if self.seconds is None else f"{self.bound} {self.seconds * _MS:.2f} ms"
+        shape = f"{s.n}x{s.c}x{s.h}x{s.w}"
+        return (self.plan.conv, shape, conv, self.plan.variant.name, self.plan.prologue.name, *numbers, bound)
+
+
+_SITE_COLUMNS = (
+    "site",
+    "input",
+    "convolution",
+    "variant",
+    "prologue",
+    "MB moved",
+    "MB kept",
+    "GFLOP",
+    "bound, modelled",
+)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
+    return ["  ".join([*(c.ljust(w) for c, w in zip(row, widths)), row[-1]]) for row in rows]
+
+
 @dataclasses.dataclass(frozen=True, repr=False)
 class Explanation:
-    """The result of `explain`; it prints as a table."""
+    """The result of `explain`; it prints as a table.
+
+    Args:
+        sites: of the fused blocks, where images were given.  rates: whose rates `SiteRecord.seconds` is from, in words.
+    """
 
     blocks: list[BlockRecord]
     engines: list[engines.EngineStatus]
+    sites: list[SiteRecord] = dataclasses.field(default_factory=list)
+    rates: str = ""
 
     def __repr__(self) -> str:
         done = sum(record.fused for record in self.blocks)
@@ -54,22 +112,37 @@ class Explanation:
             plan = record.plan
             where = (f"{plan.engine}, {plan.variant}", plan.extent, plan.memory) if plan else ("as written", "-", "-")
             rows.append((record.name or "(model)", record.kind, *where, record.reason))
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
         if self.blocks:
-            lines += ["  ".join([*(c.ljust(w) for c, w in zip(row, widths)), row[-1]]) for row in rows]
+            lines += _table(rows)
+        if self.sites:
+            lines += ["", "one training step, forward and backward:"]
+            lines += [*_table([_SITE_COLUMNS, *(site.cells() for site in self.sites)]), *self._reasons(), ""]
         for engine in self.engines:
             lines.append(f"engine {engine.name}: {'ready' if engine.available else 'not available'}, {engine.detail}")
         return "\n".join(lines)
 
+    def _reasons(self) -> list[str]:
+        """Every decision of the table once, with its reason, and whose rates the bounds are from."""
+        decisions = [site.plan.variant for site in self.sites] + [site.plan.prologue for site in self.sites]
+        lines = [f"{decision.name}: {decision.reason}" for decision in dict.fromkeys(decisions)]
+        return [*lines, f"bound: {self.rates}"]
 
-def explain(model: nn.Module) -> Explanation:
-    """Every block of ``model``: fused or not, with the reason and the plan.
+
+def explain(model: nn.Module, x: Tensor | None = None) -> Explanation:
+    """Every block of ``model``: fused or not, with the reason and the plan; with ``x`` also every site.
+
+    Args:
+        x: images ``(N, C, H, W)`` as the model would get them, on any device; only shape and dtype are read, under
+            autocast its dtype. Nothing runs on the model's device: a training step is counted on the meta device.
 
     Raises:
-        TypeError: ``model`` is not an ``nn.Module``.
+        TypeError: ``model`` is not an ``nn.Module``, ``x`` not a tensor.
+        ValueError: ``x`` has not four dimensions or is not of floating point.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"explain: model: expected a torch.nn.Module, got {type(model).__name__}")
+    if x is not None:
+        _check_images(x)
     extents = _extents(model)
     records = []
     for name, module in model.named_modules():
@@ -84,7 +157,51 @@ def explain(model: nn.Module) -> Explanation:
         else:
             reason = block.__dict__.get(REFUSAL, "a chain, but fuse has not been called")
             records.append(BlockRecord(name, kind, False, reason, None))
-    return Explanation(records, engines.describe())
+    sites, rates = ([], "") if x is None or not any(record.fused for record in records) else _sites(model, x)
+    return Explanation(records, engines.describe(), sites, rates)
+
+
+def _check_images(x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"explain: x: expected a tensor, got {type(x).__name__}")
+    if x.dim() != 4 or not x.is_floating_point():
+        raise ValueError(f"explain: x: expected floating-point (N, C, H, W), got {x.dtype} {tuple(x.shape)}")
+
+
+def _sites(model: nn.Module, x: Tensor) -> tuple[list[SiteRecord], str]:
+    """A record for each site, and where the rates of the bounds are from."""
+    from .costs import Workload, rate_name
+
+    weight = next(model.parameters())
+    device = weight.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+    images = torch.empty(x.shape, device="meta", dtype=dtype).to(memory_format=torch.channels_last)
+    plans = site_plans(model, images)
+    if not plans:
+        return [], ""
+    fused = copy.deepcopy(model)
+    for module in fused.modules():
+        if BINDING in module.__dict__:
+            module.__dict__[BINDING] = module.__dict__[BINDING]._replace(engine=plans[0].engine)
+    layers = {layer.name: layer for layer in Workload(model, images, autocast).count(fused, "explain").layers}
+    rates, name = _rates(device), rate_name(dtype)
+    records = []
+    for site in plans:
+        layer = layers[site.conv]
+        bound = seconds = None
+        if rates is not None:
+            rate = name if name in rates.flops else "fp32"
+            memory = layer.moved / rates.bandwidth >= layer.flops / rates.flops[rate]
+            bound, seconds = "memory" if memory else "compute", layer.seconds(rates, rate)
+        records.append(SiteRecord(site, layer.moved, layer.kept, layer.flops, bound, seconds))
+    return records, "rates of this device are not known" if rates is None else f"{rates.name}, {rates.source}"
+
+
+def _rates(device: str) -> Any:
+    from . import devices
+
+    return devices.measured_cpu() if device == "cpu" else devices.here()
 
 
 def _extents(model: nn.Module) -> dict[int, str]:

@@ -72,10 +72,13 @@ class Site:
     last: bool
 
 
-def sites(model: nn.Module, image: int) -> list[Site]:
+def sites(model: nn.Module, image: int | tuple[int, int]) -> list[Site]:
     """The sites of a stock residual network on the meta device, sized by running its forward.
 
     A convolution outside every block is the stem's, a conv-BN-ReLU site.
+
+    Args:
+        image: height and width in pixels; of a square, its side.
     """
     elements: dict[str, int] = {}
     names = {module: name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
@@ -83,11 +86,11 @@ def sites(model: nn.Module, image: int) -> list[Site]:
     def note(module: nn.Module, _: object, out: torch.Tensor) -> None:
         elements[names[module]] = out[0].numel()  # type: ignore[index]
 
-    first = next(iter(names))
+    first, sides = next(iter(names)), (image, image) if isinstance(image, int) else image
     hooks = [conv.register_forward_hook(note) for conv in names]
     try:
         with torch.no_grad():
-            model(torch.empty(2, first.in_channels, image, image, device="meta", dtype=first.weight.dtype))
+            model(torch.empty(2, first.in_channels, *sides, device="meta", dtype=first.weight.dtype))
     finally:
         for hook in hooks:
             hook.remove()

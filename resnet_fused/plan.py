@@ -112,3 +112,28 @@ def choose(shape: ConvShape) -> Variant:
     if reason := _slow(shape):
         return Variant(LIBRARY, reason)
     return Variant(OWN, "batch norm, ReLU and statistics inside the convolution")
+
+
+def prologue(variant: str, source: str, skip: str, owns_every_pixel: bool) -> Variant:
+    """How a site's convolution gets the activation of its source, and why.
+
+    Args:
+        variant: of the convolution.  source: plain, pending or join.
+        skip: what a join adds: identity, pad or projection.
+        owns_every_pixel: whether the convolution reads each pixel of its input at one tap that can own it.
+
+    Returns:
+        ``none``: it reads a finished tensor. ``fused``: batch norm, ReLU and join happen while loading.
+        ``materialised``: they take a pass of their own.
+    """
+    if source == "plain":
+        return Variant("none", "its input is a finished tensor")
+    if variant != OWN:
+        return Variant("materialised", "the library's convolution reads a finished tensor")
+    if source == "join" and skip == "pad":
+        return Variant("materialised", "a padded shortcut has another shape than the activation")
+    if source == "join" and not owns_every_pixel:
+        return Variant("materialised", "the filter skips or repeats pixels, and a join stores each of them once")
+    return Variant(
+        "fused", "the join is made while loading" if source == "join" else "batch norm and ReLU while loading"
+    )

@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 import triton
 
-from resnet_fused import passes, traffic
+from resnet_fused import counting, passes, traffic
 from resnet_fused.cli import main
 from resnet_fused.resnet import BUILDERS
 from tests.emulation import runner
@@ -36,7 +36,7 @@ BOUNDS = {"resnet50": {"block": 270, "stage": 245, "trunk": 237}, "resnet18": {"
 
 
 def _stock(network: str) -> torch.nn.Module:
-    return traffic.on_meta(lambda: BUILDERS[network](fused=False), BF16)
+    return counting.on_meta(lambda: BUILDERS[network](fused=False), BF16)
 
 
 @pytest.fixture(scope="module", params=IMAGE)
@@ -71,7 +71,7 @@ def test_the_bounds_follow_from_our_passes(network):
 
 def test_eager_is_counted_operator_by_operator():
     model = _stock("resnet50")
-    step = traffic.count_eager(model, traffic.meta_images(8, 224, BF16))
+    step = counting.count_eager(model, counting.meta_images(8, 224, BF16))
     convolutions, relus, adds = 53, 49, 16
     # Per site: convolution and batch norm, forward and backward, and the counter of batches. The pools and the
     # classifier: max pool, mean, addmm; two mm, sum, div, max pool.
@@ -80,8 +80,8 @@ def test_eager_is_counted_operator_by_operator():
 
 
 def test_eager_reads_each_tensor_once_per_operator():
-    model = traffic.on_meta(lambda: BUILDERS["plain-20"](fused=False), BF16)
-    step = traffic.count_eager(model, traffic.meta_images(8, 32, BF16))
+    model = counting.on_meta(lambda: BUILDERS["plain-20"](fused=False), BF16)
+    step = counting.count_eager(model, counting.meta_images(8, 32, BF16))
     # Per site W; R W; R W; R forward and W; R; 2R W; 2R W; R backward. The average pool's backward makes up for
     # the last site's missing wgrad; the image is read twice, and the pooled features are written.
     outputs = sum(site.elements for site in passes.sites(model, 32))
@@ -89,7 +89,7 @@ def test_eager_reads_each_tensor_once_per_operator():
 
 
 def test_views_and_allocations_are_no_operators():
-    with traffic.OperatorCount(torch.nn.Linear(2, 2)) as count:
+    with counting.OperatorCount(torch.nn.Linear(2, 2)) as count:
         x = torch.empty(4, 4).t().view(2, 2, 4).detach()
         x.add_(1)
     assert [record.name for record in count.records] == ["aten.add_.Tensor"]

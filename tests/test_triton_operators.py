@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from resnet_fused import fuse, traffic
+from resnet_fused import counting, fuse
 from resnet_fused.calls import SiteCall, Skip, Source
 from resnet_fused.engines.triton_ops import OPERATORS, flat
 from resnet_fused.resnet import BUILDERS
@@ -230,9 +230,9 @@ class StaysOnTheDevice(TorchDispatchMode):
 @pytest.mark.parametrize("network", ["resnet50", "resnet18"])
 @pytest.mark.parametrize("memory", ["speed", "lean", "min"])
 def test_a_whole_step_never_looks_at_the_data(network, memory):
-    model = fuse(traffic.on_meta(lambda: BUILDERS[network](fused=False), HALF), engine="triton", memory=memory)
+    model = fuse(counting.on_meta(lambda: BUILDERS[network](fused=False), HALF), engine="triton", memory=memory)
     with StaysOnTheDevice():
-        first, second = (traffic.count_step(model, traffic.meta_images(4, 64, HALF)) for _ in range(2))
+        first, second = (counting.count_step(model, counting.meta_images(4, 64, HALF)) for _ in range(2))
     assert first.launches > 100
     assert first.forward.launches == second.forward.launches
     assert first.backward.launches == second.backward.launches

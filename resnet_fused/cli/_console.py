@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 MODEL_HELP = "a builder's name (resnet50, cifar-20, plain-20, ...), torchvision:NAME or module:function"
 MEMORY_MODES = ("speed", "lean", "min")
@@ -32,3 +35,17 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     widths = [max(len(line[i]) for line in (columns, *rows)) for i in range(len(columns))]
     for line in (columns, *rows):
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
+
+
+def write_json(path: str, found: Any, command: str) -> None:
+    """Write ``found`` for ``--json``.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    from ..train.errors import UserError
+
+    try:
+        Path(path).write_text(json.dumps(found, indent=1, default=str) + "\n")
+    except OSError as error:
+        raise UserError(f"{command}: --json {path}: cannot be written: {error}") from error

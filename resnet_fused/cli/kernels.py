@@ -11,11 +11,11 @@ tensor core where the source multiplies tiles in a precision that has one. Then 
 from __future__ import annotations
 
 import argparse
-import json
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from ._console import print_table
+from ._console import print_table, write_json
 
 HELP = "registers, spills, shared memory and instructions of every kernel, per target"
 _MODELS = ("resnet50", "resnet18", "cifar-20")
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         work += [(None, target, dtype) for dtype in args.dtypes for target in args.targets]
     rows = _compile(work, args.jobs)
     if args.json:
-        _write(args.json, rows)
+        write_json(args.json, [dataclasses.asdict(row) for row in rows], "kernels")
     _print(rows, args.all)
     return 1 if any(row.broken for row in rows) else 0
 
@@ -111,18 +111,6 @@ def _parts(work: list[tuple[str | None, str, str]], jobs: int) -> Iterator[tuple
         pool.shutdown(wait=False, cancel_futures=True)
         for child in multiprocessing.active_children():
             child.terminate()
-
-
-def _write(path: str, rows: list[Any]) -> None:
-    import dataclasses
-    from pathlib import Path
-
-    from ..train.errors import UserError
-
-    try:
-        Path(path).write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1, default=str) + "\n")
-    except OSError as error:
-        raise UserError(f"kernels: --json {path}: cannot be written: {error}") from error
 
 
 def _cells(row: Any) -> list[str]:

@@ -10,10 +10,9 @@ partials together over theirs (10 MB, from batch 256 on).
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
 
-from ._console import print_table
+from ._console import print_table, write_json
 
 HELP = "bytes per image of a training step, counted from the launches, beside other schemes"
 _DTYPES = ("bf16", "fp16", "fp32")
@@ -50,20 +49,9 @@ def run(args: argparse.Namespace) -> int:
     except (ValueError, RuntimeError, ImportError) as error:
         raise UserError(f"traffic: {args.model}: {str(error).strip().splitlines()[0]}") from error
     if args.json:
-        _write(args.json, found)
+        write_json(args.json, found, "traffic")
     _print(args, found)
     return 1 if any(line["over"] for line in found["extents"].values()) else 0
-
-
-def _write(path: str, found: dict[str, Any]) -> None:
-    from pathlib import Path
-
-    from ..train.errors import UserError
-
-    try:
-        Path(path).write_text(json.dumps(found, indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"traffic: --json {path}: cannot be written: {error}") from error
 
 
 def _print(args: argparse.Namespace, found: dict[str, Any]) -> None:

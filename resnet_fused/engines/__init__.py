@@ -70,9 +70,13 @@ def check_name(name: str | None) -> None:
 
 
 def select(device: torch.device, dtype: torch.dtype, requested: str | None = None) -> str:
-    """The engine for activations of this device and dtype; ``requested`` wins where it can run."""
+    """The engine for activations of this device and dtype; ``requested`` wins where it can run.
+
+    Where launches are only counted, on the meta device, any engine can be asked for.
+    """
+    counted = is_counting() and requested == "cpu"
     runs = {
-        "cpu": device.type == "cpu" and dtype in _CPU_DTYPES and _CPU_REASON is None,
+        "cpu": (device.type == "cpu" or counted) and dtype in _CPU_DTYPES and _CPU_REASON is None,
         "triton": dtype in _TRITON_DTYPES
         and (_emulated or is_counting() or (device.type == "cuda" and _TRITON_REASON is None)),
         "reference": True,

@@ -20,6 +20,7 @@ from ..kernels.conv_fwd import RAW, Epilogue, conv_fwd
 from ..kernels.conv_wgrad import conv_wgrad
 from ..kernels.geometry import PLAIN, Geometry, Prologue, loadable, new_mask, precision
 from ..kernels.gradient import Gradient
+from ..kernels.launch import attribute
 from . import library
 from . import triton_primitives as primitives
 
@@ -62,7 +63,7 @@ def _prologue(source: Source, geometry: Geometry) -> tuple[Tensor, Prologue, Ten
 
     A join stores the activation while it loads it, which needs one owner per pixel and a shortcut of its shape.
     """
-    if source.kind == "join" and (source.skip.kind == "pad" or not geometry.owns_every_pixel):
+    if plan.prologue(plan.OWN, source.kind, source.skip.kind, geometry.owns_every_pixel).name == "materialised":
         out = library.load_source(_PRIMITIVES, source)
         return out, PLAIN, out
     residual = None if source.residual is None else _dense(source.residual)
@@ -94,6 +95,7 @@ def _own_conv(call: SiteCall, source: Source, weight: Tensor, epilogue: Epilogue
 
 def site_forward(call: SiteCall, source: Source, params: SiteParams) -> SiteOutputs:
     """``x`` and ``mask`` are a join's, else None. See `resnet_fused.site.site_forward`."""
+    attribute(params.weight)
     shape = _shape(call, source.y, params.weight)
     made: SiteOutputs | None = None
     if _runs_own(shape):
@@ -122,6 +124,7 @@ def _own_moments(call: SiteCall, own: _OwnConv, params: SiteParams) -> Tensor:
 
 def site_rebuild(call: SiteCall, source: Source, weight: Tensor) -> Tensor:
     """``y`` again. See `resnet_fused.site.site_rebuild`."""
+    attribute(weight)
     shape = _shape(call, source.y, weight)
     if _runs_own(shape):
         try:
@@ -219,6 +222,7 @@ def site_backward(
     mask: Tensor | None = None,
 ) -> SiteGrads:
     """See `resnet_fused.site.site_backward`."""
+    attribute(weight)
     shape = _shape(call, source.y, weight)
     if _runs_own(shape):
         gradient = Gradient(_dense(g), y, moments, sums.contiguous() if call.training else None, call.relu)

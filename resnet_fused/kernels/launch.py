@@ -37,11 +37,15 @@ class Moved:
 
 @dataclasses.dataclass(frozen=True)
 class LaunchRecord:
-    """One launch: the kernel's name, its compile-time arguments, and bytes ``(read, written)`` by kind."""
+    """One launch: the kernel's name, its compile-time arguments, and bytes ``(read, written)`` by kind.
+
+    ``owner``: the storage of the filter whose site it works for, as `attribute` said; 0 if nobody said.
+    """
 
     kernel: str
     config: Mapping[str, Any]
     bytes: Mapping[str, tuple[int, int]]
+    owner: int = dataclasses.field(default=0, compare=False)
 
 
 @dataclasses.dataclass
@@ -49,6 +53,7 @@ class _Recording:
     run: bool
     anywhere: bool
     records: list[LaunchRecord]
+    owner: int = 0
 
 
 _recording: _Recording | None = None
@@ -78,6 +83,22 @@ def is_counting() -> bool:
     return _recording is not None and _recording.anywhere
 
 
+def storage_of(t: Tensor) -> int:
+    """What tells one tensor's memory from another's while both live, on the meta device too."""
+    return t.untyped_storage()._cdata
+
+
+def attribute(weight: Tensor) -> None:
+    """Say that what follows, where launches are noted, is work for the site with the filter ``weight``."""
+    if _recording is not None:
+        _recording.owner = storage_of(weight)
+
+
+def owner() -> int:
+    """The filter's storage that `attribute` named last; 0 for none."""
+    return 0 if _recording is None else _recording.owner
+
+
 def nbytes(tensors: Tensors) -> int:
     """Bytes of the elements of ``tensors``, each view's own."""
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
@@ -96,7 +117,8 @@ def launch(
         return
     if _recording is not None:
         counted = {kind: tuple(nbytes(side) for side in getattr(moved, kind)) for kind in KINDS}
-        _recording.records.append(LaunchRecord(kernel.fn.__name__, dict(config), counted))  # type: ignore[arg-type]
+        record = LaunchRecord(kernel.fn.__name__, dict(config), counted, _recording.owner)  # type: ignore[arg-type]
+        _recording.records.append(record)
         if not _recording.run:
             return
     device = next(t.device for t in arguments.values() if isinstance(t, Tensor))

@@ -7,7 +7,7 @@ from collections import Counter
 import torch
 from torch import Tensor, nn
 
-from resnet_fused import engines, fuse, traffic
+from resnet_fused import counting, engines, fuse
 from resnet_fused.eager import Bottleneck, ResNet, StemConfig
 from resnet_fused.kernels.launch import recording
 from tests.emulation import interpreter
@@ -20,16 +20,16 @@ def _network() -> nn.Module:
     return ResNet(Bottleneck, (2, 1), 5, planes=(8, 16), out_channels=(16, 24), stem=StemConfig(16, 3, 1))
 
 
-def _step(extent: str, device: str) -> traffic.Step | tuple[list, list]:
+def _step(extent: str, device: str) -> counting.Step | tuple[list, list]:
     """One step on real tensors, seen by the launches' own count and by the interpreter; or counted on meta."""
     if device == "meta":
-        model = fuse(traffic.on_meta(_network, torch.float32), engine="triton")
-        return traffic.count_step(model, traffic.meta_images(BATCH, IMAGE, torch.float32), extent)
+        model = fuse(counting.on_meta(_network, torch.float32), engine="triton")
+        return counting.count_step(model, counting.meta_images(BATCH, IMAGE, torch.float32), extent)
     torch.manual_seed(0)
     model = fuse(_network().to(memory_format=torch.channels_last), engine="triton")
     images = torch.randn(BATCH, 3, IMAGE, IMAGE).to(memory_format=torch.channels_last)
     with engines.emulated(), interpreter.checked() as launches, recording() as records:
-        out: Tensor = traffic.forward_in(model.train(), images, extent)
+        out: Tensor = counting.forward_in(model.train(), images, extent)
         out.backward(torch.ones_like(out))
     return records, launches
 

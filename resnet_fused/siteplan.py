@@ -1,0 +1,164 @@
+"""The plan of a whole model: every site of every chain, with the engine, the variant and the prologue that will run.
+
+Nothing runs on the model's device: shapes come from the stock model's forward on the meta device, decisions from
+`resnet_fused.plan`. Memory modes and torch's flags (TF32, autocast's dtype) are in it. Deterministic algorithms change
+nothing: our kernels always are, and the library's convolution follows torch's own flag.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from . import engines, plan, projected
+from .chain import recomputes
+from .fuse import unfuse
+from .kernels.geometry import Geometry, precision
+from .links import Link, child, conv_padding
+from .modules import BINDING, FusedBlock, FusedStage, FusedTrunk, stage_names
+from .spec import SiteSpec
+
+PROJECTION = "projection"
+
+
+@dataclasses.dataclass(frozen=True)
+class SitePlan:
+    """How one convolution and its batch norm run.
+
+    Args:
+        conv, block: names in the model.  shape: of the convolution.
+        engine: reference, cpu or triton.  variant: own, library or projection, and why.
+        source: what its input is: plain, pending or join.  prologue: none, fused or materialised, and why.
+        memory, extent: of its block.
+    """
+
+    conv: str
+    block: str
+    shape: plan.ConvShape
+    engine: str
+    variant: plan.Variant
+    source: str
+    prologue: plan.Variant
+    memory: str
+    extent: str
+
+
+def conv_shapes(model: nn.Module, images: Tensor) -> dict[str, plan.ConvShape]:
+    """Every convolution that the forward of a model calls, by name.
+
+    Args:
+        model: copied to the meta device as a stock model; not touched.  images: ``(N, C, H, W)`` on the meta device.
+    """
+    stock = unfuse(copy.deepcopy(model)).to(device="meta", dtype=images.dtype)
+    found: dict[str, plan.ConvShape] = {}
+    names = {module: name for name, module in stock.named_modules() if isinstance(module, nn.Conv2d)}
+
+    def note(conv: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> None:
+        found[names[conv]] = _shape(conv, given[0])  # type: ignore[index,arg-type]
+
+    hooks = [conv.register_forward_hook(note) for conv in names]
+    try:
+        with torch.no_grad():
+            stock(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def _shape(conv: nn.Conv2d, x: Tensor) -> plan.ConvShape:
+    n, c, h, w = x.shape
+    pairs = (tuple(conv.kernel_size), tuple(conv.stride), conv_padding(conv), tuple(conv.dilation))
+    tf32 = precision(x.dtype) == "tf32"
+    return plan.ConvShape(n, c, h, w, conv.out_channels, *pairs, conv.groups, x.dtype, tf32)  # type: ignore[arg-type]
+
+
+def _runs(model: nn.Module) -> Iterator[tuple[str, list[nn.Module | Link]]]:
+    """Every chain that is run as one, by its extent: the modules and links in it, in order."""
+    inside: set[int] = set()
+    for kind, extent in ((FusedTrunk, "trunk"), (FusedStage, "stage"), (FusedBlock, "block")):
+        for module in model.modules():
+            if not isinstance(module, kind) or id(module) in inside:
+                continue
+            if isinstance(module, FusedTrunk):
+                run = list(module._trunk(module.__dict__[BINDING]))
+                stages = [getattr(module, name) for name in stage_names(module)]
+                inside.update(id(stage) for stage in stages if not any(part is stage for part in run))
+            else:
+                run = list(module.children()) if isinstance(module, FusedStage) else [module]
+            inside.update(id(part) for part in run if isinstance(part, FusedBlock))
+            yield extent, run
+
+
+def _sources(link: Link, pending: Link | None) -> tuple[str, str]:
+    """What the block's first site reads, and what a join of it adds."""
+    if pending is None or recomputes(link):
+        return "plain", "none"
+    skip = pending.spec.shortcut.kind
+    joins = skip != "none" or link.spec.shortcut.kind != "none"
+    return ("join" if joins else "pending"), skip
+
+
+def site_plans(model: nn.Module, images: Tensor) -> list[SitePlan]:
+    """The plan of every site of a fused model, in the order of its chains; blocks that run as written have none.
+
+    Args:
+        model: not touched.  images: ``(N, C, H, W)`` on the meta device, in the dtype that convolutions run in.
+    """
+    shapes = conv_shapes(model, images)
+    names = {id(module): name for name, module in model.named_modules()}
+    plans: list[SitePlan] = []
+    for extent, run in _runs(model):
+        pending: Link | None = None
+        for part in run:
+            link = part if isinstance(part, Link) else part.as_link() if isinstance(part, FusedBlock) else None
+            if link is None:
+                pending = None
+                continue
+            recomputing = recomputes(link)
+            where = "block" if recomputing else extent
+            plans += _plans_of_link(link, names[id(link.block)], shapes, images.dtype, _sources(link, pending), where)
+            pending = None if recomputing or link.spec.pool is not None else link
+    return plans
+
+
+def _plans_of_link(
+    link: Link,
+    name: str,
+    shapes: dict[str, plan.ConvShape],
+    dtype: torch.dtype,
+    first: tuple[str, str],
+    extent: str,
+) -> Iterator[SitePlan]:
+    prefix = f"{name}." if name else ""
+    for i, site in enumerate(link.spec.site_specs()):
+        shape = shapes.get(f"{prefix}{site.conv}")
+        if shape is None:
+            continue
+        shortcut = i == len(link.spec.sites)
+        source, skip = first if i == 0 else ("plain" if shortcut else "pending", "none")
+        engine, variant = _variant(link, site, shape, dtype, shortcut)
+        weight = torch.empty((shape.k, shape.c // shape.groups, *shape.filter), device="meta")
+        x = torch.empty((shape.n, shape.c, shape.h, shape.w), device="meta").to(memory_format=torch.channels_last)
+        owns = Geometry.of(x, weight, shape.stride, shape.padding, shape.dilation).owns_every_pixel
+        prologue = plan.prologue(variant.name, source, skip, owns)
+        conv = f"{prefix}{site.conv}"
+        yield SitePlan(conv, name, shape, engine, variant, source, prologue, link.memory, extent)
+
+
+def _variant(
+    link: Link, site: SiteSpec, shape: plan.ConvShape, dtype: torch.dtype, shortcut: bool
+) -> tuple[str, plan.Variant]:
+    conv = child(link.block, site.conv)
+    engine = engines.select(conv.weight.device, dtype, link.engine)
+    x = conv.weight.new_empty(0, dtype=dtype)
+    if shortcut and projected.takes(engine, x, conv.weight, conv_padding(conv), conv.groups):
+        return engine, plan.Variant(PROJECTION, "a 1x1 shortcut: gathered, multiplied and reduced by one C++ op")
+    if engine == "triton":
+        return engine, plan.choose(shape)
+    passes = "the C++ engine's" if engine == "cpu" else "PyTorch's"
+    return engine, plan.Variant(plan.LIBRARY, f"on {conv.weight.device.type}, with {passes} passes around it")
