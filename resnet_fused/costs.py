@@ -9,7 +9,6 @@ norm.
 
 from __future__ import annotations
 
-import collections
 import copy
 import dataclasses
 from collections.abc import Callable, Iterable
@@ -154,32 +153,17 @@ def _owners(model: nn.Module) -> dict[str, str]:
     return owners
 
 
-def _kernel_flops(half: Half, name_of: dict[int, str], convolution: dict[str, float]) -> list[tuple[str, Work]]:
-    """Our launches as work: a convolution's FLOPs are those of its kernel, in equal parts where it is several."""
-    parts = collections.Counter((record.owner, record.kernel) for record in half.launches)
-    work = []
-    for record in half.launches:
-        name = name_of.get(record.owner, "")
-        moved = sum(sum(sides) for sides in record.bytes.values())
-        of_conv = record.kernel.startswith("_conv_")
-        flops = convolution.get(name, 0.0) / parts[record.owner, record.kernel] if of_conv else 0.0
-        work.append((name, Work(moved, flops)))
-    return work
-
-
-def _work(half: Half, name_of: dict[int, str], convolution: dict[str, float]) -> dict[str, list[Work]]:
+def _work(half: Half, name_of: dict[int, str]) -> dict[str, list[Work]]:
+    """The launches and the operators of half a step, by layer."""
     by_layer: dict[str, list[Work]] = {}
-    for name, work in _kernel_flops(half, name_of, convolution):
-        by_layer.setdefault(name, []).append(work)
-    for record in half.operators:
-        moved = sum(sum(sides) for sides in record.bytes.values())
-        by_layer.setdefault(name_of.get(record.owner, ""), []).append(Work(moved, record.flops))
+    for record in half.records:
+        by_layer.setdefault(name_of.get(record.owner, ""), []).append(Work(record.moved, record.flops))
     return by_layer
 
 
-def _layers(step: Step, owners: dict[str, str], convolution: dict[str, float]) -> tuple[Layer, ...]:
+def _layers(step: Step, owners: dict[str, str]) -> tuple[Layer, ...]:
     name_of = {storage: owners[module] for storage, module in step.layers.items()}
-    forward, backward = (_work(half, name_of, convolution) for half in (step.forward, step.backward))
+    forward, backward = (_work(half, name_of) for half in (step.forward, step.backward))
     kept: dict[str, int] = {}
     for module, size in step.kept.items():
         kept[owners.get(module, "")] = kept.get(owners.get(module, ""), 0) + size
@@ -243,9 +227,6 @@ class Workload:
         self._owners = _owners(stock)
         self.sites = sites(stock, (images.shape[2], images.shape[3]))
         eager = count_eager(stock, images)
-        layer_of = {storage: self._owners[module] for storage, module in eager.layers.items()}
-        records = [record for record in eager.forward.operators if record.flops]
-        self._convolutions = {layer_of.get(record.owner, ""): float(record.flops) for record in records}
         self.stock = self._cost(STOCK, eager, lambda batch: count_eager(stock, self._batch_of(batch)).peak)
 
     def compiled(self) -> Cost:
@@ -277,7 +258,7 @@ class Workload:
         return model
 
     def _cost(self, scheme: str, step: Step, recount: Callable[[int], int]) -> Cost:
-        layers = _layers(step, self._owners, self._convolutions)
+        layers = _layers(step, self._owners)
         return Cost(scheme, COUNTED, layers, step.batch, step.peak, recount)
 
 

@@ -49,6 +49,11 @@ class OperatorRecord:
     owner: int = 0
     named: bool = False
 
+    @property
+    def moved(self) -> int:
+        """Bytes read and written."""
+        return sum(sum(sides) for sides in self.bytes.values())
+
 
 class OperatorCount(TorchDispatchMode):
     """Notes every ATen operator that starts a kernel: not views, and not what only allocates.
@@ -121,10 +126,14 @@ class Half:
     launches: list[LaunchRecord]
     operators: list[OperatorRecord]
 
+    @property
+    def records(self) -> list[LaunchRecord | OperatorRecord]:
+        """The launches, then the operators."""
+        return [*self.launches, *self.operators]
+
     def moved(self, kind: str) -> int:
         """Bytes read and written of ``kind``: activations, weights or partials."""
-        ours = sum(sum(record.bytes[kind]) for record in self.launches)
-        return ours + sum(sum(record.bytes.get(kind, ())) for record in self.operators)
+        return sum(sum(record.bytes.get(kind, ())) for record in self.records)
 
 
 @dataclasses.dataclass(frozen=True)

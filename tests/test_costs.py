@@ -117,7 +117,9 @@ def schemes(request):
 def test_flops_of_every_scheme_are_those_of_the_convolutions(schemes):
     assert set(schemes) == set(costs.SCHEME_NAMES)
     flops = {scheme: sum(layer.flops for layer in cost.layers) for scheme, cost in schemes.items()}
-    assert flops[STOCK] == flops["torch.compile"] == flops["speed"] == flops["lean"]
+    assert flops[STOCK] == flops["torch.compile"] and flops["speed"] == flops["lean"]
+    # Ours pads the stem's image to four channels, and a filter of seven columns to eight.
+    assert 0 <= flops["speed"] - flops[STOCK] < schemes[STOCK].layers[0].flops
     forward = sum(work.flops for layer in schemes["speed"].layers for work in layer.forward)
     assert flops["speed"] < flops["min"] < flops["speed"] + forward
 

@@ -17,6 +17,7 @@ import triton.language as tl
 
 from resnet_fused.cli import main
 from resnet_fused.compiling import catalogue, offline, table
+from resnet_fused.kernels.launch import LaunchRecord
 from tests.emulation import demo_kernels, planted_bugs
 
 pytestmark = pytest.mark.skipif(bool(offline.missing_tools()), reason=offline.missing_tools())
@@ -147,6 +148,37 @@ def test_an_inner_block_of_resnet_50_keeps_every_bound(target):
     for row in (row for row in rows if row.kernel.startswith("_conv")):
         assert row.tensor_core == {"sm_80": "mma", "sm_90": "wgmma"}[target], row
         assert row.wide_copies and row.wide_stores, row
+    _is_weighed(next(row for row in rows if row.kernel == "_conv_wgrad_kernel"))
+
+
+def _is_weighed(row):
+    """A 3x3 wgrad of ResNet-50's third stage: g, y and x are read, and every part is written in float32."""
+    pixels, filters = catalogue.BATCH * 14 * 14, 256 * 256 * 9
+    assert row.flops == 2 * pixels * filters
+    read = 3 * pixels * 256 * 2
+    assert row.moved > read and (row.moved - read) // (4 * filters) >= 1
+    assert row.intensity == row.flops / row.moved > 100
+
+
+def test_a_kernel_without_a_product_has_no_intensity():
+    row = table.describe(_compiled(_conv)[0], "bf16", "planted")
+    assert (row.moved, row.flops, row.intensity) == (0, 0, None)
+
+
+def test_a_row_is_weighed_by_its_largest_launch():
+    row = table.describe(_compiled(_conv)[0], "bf16", "planted")
+    small, large, other = (
+        LaunchRecord(name, row.config, {"activations": (size, size)}, 10 * size)
+        for name, size in ((row.kernel, 2), (row.kernel, 8), ("_another_kernel", 64))
+    )
+    (weighed,) = table.weighed([row], [small, large, other])
+    assert (weighed.moved, weighed.flops, weighed.intensity) == (16, 80, 5)
+
+
+def _compiled(step):
+    with offline.compile_offline(["sm_80"]) as kernels:
+        step()
+    return kernels
 
 
 def _one_of_each_kind():
@@ -191,7 +223,7 @@ def test_the_command_prints_broken_rows_first_and_fails(two_parts, tmp_path, cap
     arguments = ["kernels", "--model", "resnet50", "--targets", "sm_80,sm_86", "--json", str(file)]
     assert main([*arguments, "--dtypes", "bf16"]) == 0
     out = capsys.readouterr().out
-    assert "2 kernels compiled, 0 break a bound" in out and "mma" in out
+    assert "2 kernels compiled, 0 break a bound" in out and "mma" in out and "FLOP/B" in out
     assert main([*arguments, "--dtypes", "bf16,fp32"]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].startswith("register_hog_kernel") and "spills (" in lines[1]

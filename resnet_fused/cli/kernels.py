@@ -1,8 +1,10 @@
 """Compile every Triton kernel of real networks for GPUs that need not be here, and print what came out.
 
 For each kernel, configuration, dtype and target: registers, spills, local memory, shared memory and
-whether a block may have that much, resident blocks of a multiprocessor, the tensor-core instruction, and
-the 128-bit loads, stores and asynchronous copies in the code. Nothing runs and no time is measured.
+whether a block may have that much, resident blocks of a multiprocessor, the tensor-core instruction,
+the 128-bit loads, stores and asynchronous copies in the code, and for the largest launch of it at batch 256
+the megabytes that it reads and writes and its FLOPs for each of those bytes. Nothing runs and no time is
+measured.
 
 Rows that break a bound come first: a spill, local memory, shared memory over the target's limit, no
 tensor core where the source multiplies tiles in a precision that has one. Then exit code 1.
@@ -20,14 +22,15 @@ from ._console import print_table, write_json
 HELP = "registers, spills, shared memory and instructions of every kernel, per target"
 _MODELS = ("resnet50", "resnet18", "cifar-20")
 _TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
+_MB = 1e6
 _DTYPES = ("bf16", "fp16", "tf32", "fp32")
 _COLUMNS = (
     *("kernel", "target", "dtype", "tile", "regs", "spills", "local", "shared", "of", "blocks/SM", "occupancy"),
-    *("tensor core", "ld.128", "st.128", "cp.async", "bound"),
+    *("tensor core", "ld.128", "st.128", "cp.async", "MB", "FLOP/B", "bound"),
 )
 _SUMMARY = (
     *("kernel", "target", "dtype", "configs", "regs", "shared", "of", "blocks/SM", "tensor core"),
-    *("ld.128", "st.128", "cp.async"),
+    *("ld.128", "st.128", "cp.async", "MB", "FLOP/B"),
 )
 
 
@@ -120,7 +123,13 @@ def _cells(row: Any) -> list[str]:
     memory = (row.wide_loads, row.wide_stores, row.cp_async)
     verdict = "; ".join(row.broken) or "ok"
     head = (row.kernel, row.target, row.dtype, row.tile())
-    return [*head, *map(str, numbers), resident, occupancy, row.tensor_core, *map(str, memory), verdict]
+    work = (f"{row.moved / _MB:.1f}", _intensity([row]))
+    return [*head, *map(str, numbers), resident, occupancy, row.tensor_core, *map(str, memory), *work, verdict]
+
+
+def _intensity(rows: list[Any]) -> str:
+    values = [round(row.intensity) for row in rows if row.intensity is not None]
+    return _span(values) if values else "-"
 
 
 def _span(values: list[int]) -> str:
@@ -141,7 +150,9 @@ def _summary(rows: list[Any]) -> list[list[str]]:
         shared = _span([row.shared_bytes for row in group])
         registers = _span([row.registers for row in group])
         blocks = _span(resident) if resident else "-"
-        lines.append([*key, str(len(group)), registers, shared, str(group[0].shared_limit), blocks, cores, *counts])
+        work = [_span([round(row.moved / _MB) for row in group]), _intensity(group)]
+        limit = str(group[0].shared_limit)
+        lines.append([*key, str(len(group)), registers, shared, limit, blocks, cores, *counts, *work])
     return lines
 
 

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 
 from .. import plan
+from ..counting import meta_images, on_meta
 from ..fuse import fuse
 from ..kernels import target as targets
 from ..kernels.launch import recording
 from ..resnet import BUILDERS
-from ..traffic import meta_images, on_meta
 from .candidates import launch_candidates
 from .offline import TARGETS, Failure, compile_offline
-from .table import Row, describe, failed, merge
+from .table import Row, describe, failed, merge, weighed
 
 __all__ = ["DTYPES", "NETWORKS", "TARGETS", "compile_network", "compile_step"]
 
@@ -64,15 +64,14 @@ def compile_step(
         One row per compiled kernel, and one per launch that does not compile.
     """
     failures: list[Failure] = []
-    with targets.pretend(target), compile_offline([target], wanted, failures) as kernels, recording(compiling=True):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(targets.pretend(target))
+        kernels = stack.enter_context(compile_offline([target], wanted, failures))
+        launches = stack.enter_context(recording(compiling=True))
         step()
     unique = {kernel.key: kernel for kernel in kernels}
-    return merge(
-        [
-            *(describe(kernel, dtype, used_by) for kernel in unique.values()),
-            *(failed(failure, dtype, used_by) for failure in failures),
-        ]
-    )
+    rows = [describe(kernel, dtype, used_by) for kernel in unique.values()]
+    return merge(weighed([*rows, *(failed(failure, dtype, used_by) for failure in failures)], launches))
 
 
 def compile_network(

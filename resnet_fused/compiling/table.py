@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ..kernels.launch import LaunchRecord
 from .offline import MULTIPROCESSOR, SHARED_LIMIT, CompiledKernel, Failure
 
 
@@ -18,6 +19,7 @@ class Row:
         blocks: resident blocks on one multiprocessor, None where the target's are not modelled (AMD).
         occupancy: resident warps over the most there can be, 0 to 1, or None likewise.
         wide_loads, wide_stores, wide_copies: accesses of 128 bits, asynchronous copies among the loads.
+        moved, flops: bytes that its largest launch reads and writes, each tensor once, and FLOPs of its product.
         broken: the bounds it breaks, in words.
     """
 
@@ -43,6 +45,13 @@ class Row:
     wide_copies: int
     broken: tuple[str, ...]
     key: str
+    moved: int = 0
+    flops: int = 0
+
+    @property
+    def intensity(self) -> float | None:
+        """FLOPs for each byte moved; None without a matrix product."""
+        return self.flops / self.moved if self.flops and self.moved else None
 
     def tile(self) -> str:
         """The configuration as one word, block sizes and options first: it is what `tune` chooses."""
@@ -128,9 +137,27 @@ def failed(failure: Failure, dtype: str, used_by: str) -> Row:
         occupancy=None,
         tensor_core="none",
         broken=(f"does not compile: {type(failure.error).__name__}: {words}",),
-        key=f"{failure.name} {sorted(failure.config.items())}",
+        key=_launched(failure.name, failure.config),
         **dict.fromkeys(counts, 0),
     )
+
+
+def weighed(rows: Iterable[Row], launches: Iterable[LaunchRecord]) -> list[Row]:
+    """The rows with what the largest launch of each kernel and configuration moves and computes."""
+    largest: dict[str, LaunchRecord] = {}
+    for launch in launches:
+        key = _launched(launch.kernel, launch.config)
+        if key not in largest or launch.moved > largest[key].moved:
+            largest[key] = launch
+    found = []
+    for row in rows:
+        known = largest.get(_launched(row.kernel, row.config))
+        found.append(row if known is None else dataclasses.replace(row, moved=known.moved, flops=known.flops))
+    return found
+
+
+def _launched(kernel: str, config: Mapping[str, Any]) -> str:
+    return f"{kernel} {sorted(config.items())}"
 
 
 def merge(rows: Iterable[Row]) -> list[Row]:
@@ -139,6 +166,7 @@ def merge(rows: Iterable[Row]) -> list[Row]:
     for row in rows:
         known = found.get((row.key, row.dtype))
         if known is not None:
-            row = dataclasses.replace(known, used_by=tuple(dict.fromkeys((*known.used_by, *row.used_by))))
+            used_by = tuple(dict.fromkeys((*known.used_by, *row.used_by)))
+            row = dataclasses.replace(max(known, row, key=lambda r: r.moved), used_by=used_by)
         found[row.key, row.dtype] = row
     return sorted(found.values(), key=lambda row: (not row.broken, row.kernel, row.target, row.dtype))

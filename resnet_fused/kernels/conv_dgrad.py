@@ -234,6 +234,7 @@ def conv_dgrad(
             ((*gradient.reads, e.dskip, e.prev_y if masks_by_prev else None, e.out, e.residual_y), (dx,)),
             ((weight,), ()),
             ((gradient.moments, gradient.sums, e.prev_moments, e.residual_moments), (partials,)),
+            geometry.flops,
         ),
         {
             "g_ptr": gradient.g,

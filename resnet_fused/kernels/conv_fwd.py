@@ -234,6 +234,7 @@ def conv_fwd(
             ((geometry.touched(x), *(() if residual is None else (residual,))), (y, out, prologue.mask)),
             ((weight,), ()),
             ((moments, prologue.residual_moments), (partials,)),
+            geometry.flops,
         ),
         {
             "x_ptr": x,

@@ -178,6 +178,7 @@ def conv_wgrad(
         Moved(
             ((*gradient.reads, g.touched(x)), ()),
             partials=((gradient.moments, gradient.sums, prologue.moments), (partials,)),
+            flops=g.flops,
         ),
         {
             "g_ptr": gradient.g,

@@ -55,6 +55,11 @@ class Geometry:
         return self.n * self.p * self.q
 
     @property
+    def flops(self) -> int:
+        """Of its forward, as of its dgrad and its wgrad: a multiply-add is two."""
+        return 2 * self.npq * self.k * self.c * self.r * self.s
+
+    @property
     def addressable(self) -> bool:
         """Whether pixels can be numbered in 32 bits; addresses have 64."""
         return max(self.n * self.h * self.row, self.npq, self.image) < 2**31 - 2**16

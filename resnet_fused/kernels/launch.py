@@ -28,16 +28,18 @@ class Moved:
 
     ``activations``: of the size of a convolution's input or output. ``weights``: filters and their gradients.
     ``partials``: split-K partials, tile statistics and per-channel vectors. Each is ``(read, written)``.
+    ``flops``: of its matrix product, a multiply-add being two; 0 without one.
     """
 
     activations: tuple[Tensors, Tensors] = ((), ())
     weights: tuple[Tensors, Tensors] = ((), ())
     partials: tuple[Tensors, Tensors] = ((), ())
+    flops: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class LaunchRecord:
-    """One launch: the kernel's name, its compile-time arguments, and bytes ``(read, written)`` by kind.
+    """One launch: the kernel's name, its compile-time arguments, bytes ``(read, written)`` by kind, and FLOPs.
 
     ``owner``: the storage of the filter whose site it works for, as `attribute` said; 0 if nobody said.
     """
@@ -45,7 +47,13 @@ class LaunchRecord:
     kernel: str
     config: Mapping[str, Any]
     bytes: Mapping[str, tuple[int, int]]
+    flops: int = 0
     owner: int = dataclasses.field(default=0, compare=False)
+
+    @property
+    def moved(self) -> int:
+        """Bytes read and written."""
+        return sum(sum(sides) for sides in self.bytes.values())
 
 
 @dataclasses.dataclass
@@ -117,8 +125,8 @@ def launch(
         return
     if _recording is not None:
         counted = {kind: tuple(nbytes(side) for side in getattr(moved, kind)) for kind in KINDS}
-        record = LaunchRecord(kernel.fn.__name__, dict(config), counted, _recording.owner)  # type: ignore[arg-type]
-        _recording.records.append(record)
+        note = (dict(config), counted, moved.flops, _recording.owner)
+        _recording.records.append(LaunchRecord(kernel.fn.__name__, *note))  # type: ignore[arg-type]
         if not _recording.run:
             return
     device = next(t.device for t in arguments.values() if isinstance(t, Tensor))
