@@ -33,6 +33,7 @@ LAYERS = (
     ("explain", "resnet", "architectures"),
     ("checking", "traffic", "compiling"),
     ("train",),
+    ("benching",),
     ("cli", "__main__"),
 )
 RANK = {name: i for i, names in enumerate(LAYERS) for name in names}
