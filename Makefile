@@ -15,7 +15,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.resnet_fused-installed
 SOURCES := $(wildcard pyproject.toml setup.py) $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: demo test test-full bench gpu lint venv build clean
+.PHONY: demo test test-full bench bench-quick gpu lint venv build clean
 .DEFAULT_GOAL := test
 
 $(STAMP): $(SOURCES) .ci/environment.py
@@ -36,6 +36,11 @@ test-full: venv
 bench: venv
 	$(PY) .ci/environment.py --need pytest_benchmark
 	$(PY) -m pytest benchmarks --benchmark-quiet --benchmark-json=benchmarks/results/latest.json $(BENCH_FLAGS)
+
+bench-quick: venv
+	$(PY) .ci/environment.py --need pytest_benchmark
+	$(PY) -m pytest benchmarks --quick --benchmark-quiet --benchmark-json=benchmarks/results/latest-quick.json \
+		$(BENCH_FLAGS)
 
 gpu: venv
 	$(PY) -m benchmarks.gpu

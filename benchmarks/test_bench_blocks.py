@@ -1,4 +1,4 @@
-"""Training step of single blocks on the CPU, float32, at the sizes they have in ResNet-18 and ResNet-50.
+"""Forward and backward of single blocks on the CPU, float32, at the sizes they have in ResNet-18 and ResNet-50.
 
 python -m pytest benchmarks/test_bench_blocks.py --benchmark-quiet --benchmark-json=benchmarks/results/blocks.json
 """
@@ -30,10 +30,14 @@ BLOCKS = {
 }
 
 
-@pytest.mark.parametrize("name", BLOCKS)
-def test_block(name, interleaved, request):
+QUICK = ("basic 64", "bottleneck 256")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.quick] if name in QUICK else []) for name in BLOCKS]
+)
+def test_block(name, blocks, request):
     torch.manual_seed(0)
     build, channels, shrink = BLOCKS[name]
-    batch, size = request.config.getoption("--batch"), request.config.getoption("--image") // shrink
-    x = torch.randn(batch, channels, size, size, requires_grad=channels > 3)
-    interleaved(name, build(), x)
+    batch, size = request.config.option.batch, max(1, request.config.option.image // shrink)
+    blocks(name, build(), torch.randn(batch, channels, size, size, requires_grad=channels > 3))

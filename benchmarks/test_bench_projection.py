@@ -7,7 +7,6 @@ that. Each case first proves its result right under the numerics law. GFLOP/s of
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -15,9 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.conftest import TABLES
-from benchmarks.race import OURS, Race
+from benchmarks.cases import OURS
+from benchmarks.conftest import Turns
 from resnet_fused import projection
+from resnet_fused.benching.race import whole
 from resnet_fused.engines import cpu
 from resnet_fused.numerics import assert_law
 from tests.projection_cases import CASES, Inputs, expected, make_inputs, rearranged
@@ -88,26 +88,25 @@ def prove(c: int, k: int, dtype: torch.dtype) -> None:
         assert_law(CASES[name](projection, rearranged(inputs, torch.channels_last)), ref, eager, dtype)
 
 
-@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize(
+    "site", [pytest.param(name, marks=[pytest.mark.quick] if name == "layer4" else []) for name in SITES]
+)
 @pytest.mark.parametrize(
     ("what", "operation"),
     [("convolution", "fwd"), ("convolution", "dgrad"), ("convolution", "wgrad"), ("site", "fwd"), ("site", "backward")],
 )
-def test_projection(benchmark: Any, request: pytest.FixtureRequest, site: str, what: str, operation: str) -> None:
-    option = request.config.getoption
+def test_projection(
+    benchmark: Any, request: pytest.FixtureRequest, turns: Turns, site: str, what: str, operation: str
+) -> None:
+    option = request.config.option
     c, k, h, stride = SITES[site]
+    h = max(2, h * option.image // 224)
     prove(c, k, torch.float32)
-    inputs = make_inputs((option("--batch"), c, h, h), k, (stride, stride), torch.float32)
+    inputs = make_inputs((option.batch, c, h, h), k, (stride, stride), torch.float32)
     ours, theirs = (ours_alone, theirs_alone) if what == "convolution" else (ours_in_a_site, theirs_in_a_site)
-    steps = {name: theirs(rearranged(inputs, layout), operation) for name, layout in LAYOUTS.items()}
-    steps[OURS] = ours(rearranged(inputs, torch.channels_last), operation)
-    race = Race(steps)  # type: ignore[arg-type]
-    race.warm_up(option("--warm-up"))
-    benchmark.pedantic(race.round, rounds=option("--rounds"), iterations=1, warmup_rounds=0)
-    rows = race.rows()
+    steps = {OURS: whole(ours(rearranged(inputs, torch.channels_last), operation))}
+    steps |= {name: whole(theirs(rearranged(inputs, layout), operation)) for name, layout in LAYOUTS.items()}
+    race = turns(f"projection {site} {what} {operation}, batch {option.batch}, {h} px", steps)
     flops = 2 * c * k * inputs["g"].numel() // k * (2 if operation == "backward" else 1)
-    rates = {row.name: flops / row.median_ms / 1e6 for row in rows}
-    benchmark.extra_info.update(rows=[dataclasses.asdict(row) for row in rows], GFLOP_per_s=rates)
-    head = f"{site} {what} {operation}, batch {option('--batch')}, fp32, {option('--rounds')} rounds in turns"
-    lines = [f"  {row}  {rates[row.name]:.0f} GFLOP/s" for row in rows]
-    request.config.stash[TABLES].append("\n".join([head, *lines]))
+    rates = {name: flops / race.figures(name)["milliseconds"]["step"]["median"] / 1e6 for name in race.finished()}
+    benchmark.extra_info["GFLOP_per_s"] = rates
