@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from resnet_fused.benching import files, machine, memory, race, rivals, spread
+from resnet_fused.benching import files, machine, memory, race, rivals, session, spread
 from resnet_fused.benching.contest import Inference, TrainingStep
 from resnet_fused.eager import BasicBlock, Stem, conv1x1
 from resnet_fused.numerics import assert_law
@@ -46,6 +46,18 @@ def test_ctrl_c_within_a_round_counts_for_nobody():
         for _ in range(5):
             turns.round()
     assert {name: len(laps) for name, laps in turns.laps.items()} == {"a": 2, "b": 2}
+
+
+def test_losses_are_compared_after_the_same_steps():
+    rows = [{"name": "fused", "losses": [4.0, 3.0]}, {"name": "eager", "losses": [4.0, 2.5, 1.0]}]
+    found = session.losses([*rows, {"name": "nhwc", "losses": [4.0, 2.75, 1.5]}, {"name": "compile"}])
+    assert found == {
+        "steps": 2,
+        "last": {"fused": 3.0, "eager": 2.5, "nhwc": 2.75},
+        "to_eager": {"fused": 0.5, "nhwc": 0.25},
+        "between_eager_formats": 0.25,
+    }
+    assert session.losses(rows[:1])["to_eager"] == {} and session.losses([{"name": "fused"}]) is None
 
 
 def test_the_starter_rotates():

@@ -48,7 +48,8 @@ def draw(document: dict[str, Any]) -> bytes:
 
 def _footer(document: dict[str, Any]) -> str:
     lines = [
-        setting_line(document) + "; bars are medians, whiskers quartiles; in brackets the 95 % interval of the ratio",
+        setting_line(document)
+        + "; bars are medians, whiskers quartiles; ratios are theirs / ours, in brackets their interval",
         machine_line(document),
     ]
     lines += [f"{line[:150]}..." if len(line) > 150 else line for line in failures(document)]

@@ -276,12 +276,14 @@ def losses(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     amplified by training. ``to_eager`` is empty where eager was not among them, ``between_eager_formats`` None where
     one of the two was not. None for inference.
     """
-    last = {row["name"]: row["losses"][-1] for row in rows if row.get("losses")}
-    if not last:
+    curves = {row["name"]: row["losses"] for row in rows if row.get("losses")}
+    if not curves:
         return None
+    steps = min(map(len, curves.values()))  # after Ctrl-C some are a step ahead
+    last = {name: curve[steps - 1] for name, curve in curves.items()}
     eager = last.get("eager")
     return {
-        "steps": max((len(row["losses"]) for row in rows if row.get("losses")), default=0),
+        "steps": steps,
         "last": last,
         "to_eager": {} if eager is None else {n: abs(v - eager) for n, v in last.items() if n != "eager"},
         "between_eager_formats": abs(last["nhwc"] - eager) if eager is not None and "nhwc" in last else None,
