@@ -126,10 +126,10 @@ def turns(request: pytest.FixtureRequest, benchmark: Any) -> Turns:
 
 
 @pytest.fixture
-def blocks(turns: Turns, benchmark: Any, baselines: tuple[str, ...]) -> Callable[[str, nn.Module, Tensor], None]:
+def blocks(turns: Turns, benchmark: Any) -> Callable[[str, nn.Module, Tensor, tuple[str, ...]], None]:
     """Prove a module, then time its forward and backward against the baselines."""
 
-    def run(title: str, stock: nn.Module, x: Tensor) -> None:
+    def run(title: str, stock: nn.Module, x: Tensor, baselines: tuple[str, ...]) -> None:
         prove(stock, tuple(x.shape))
         torch.compiler.reset()
         turns(f"{title}, {'x'.join(map(str, x.shape))}", contestants(stock, x, baselines))

@@ -31,13 +31,16 @@ BLOCKS = {
 
 
 QUICK = ("basic 64", "bottleneck 256")
+# Compiling takes longer than all the rest of a block, so one of each kind is compiled.
+COMPILED = ("stem 7x7", "basic 64-128, stride 2, B", "bottleneck 256", "bottleneck 256-512, stride 2")
 
 
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.quick] if name in QUICK else []) for name in BLOCKS]
 )
-def test_block(name, blocks, request):
+def test_block(name, blocks, baselines, request):
     torch.manual_seed(0)
     build, channels, shrink = BLOCKS[name]
     batch, size = request.config.option.batch, max(1, request.config.option.image // shrink)
-    blocks(name, build(), torch.randn(batch, channels, size, size, requires_grad=channels > 3))
+    others = tuple(other for other in baselines if other != "compile" or name in COMPILED)
+    blocks(name, build(), torch.randn(batch, channels, size, size, requires_grad=channels > 3), others)

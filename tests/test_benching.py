@@ -193,6 +193,15 @@ def test_rivals_compute_the_stock_network(libraries, build, shortcut):
     assert_law({"output": got}, {"output": ref}, [{"output": out} for out in eager], torch.float32)
 
 
+def test_a_library_races_like_any_other(libraries):
+    settings = session.Settings(("tests.test_train:tiny",), ("inplace-abn",), batch=2, image=16, rounds=1, warm_up=1)
+    found = session.Session(settings, say=lambda line: None)
+    found.run()
+    (result,) = found.results
+    assert [row["failed"] for row in result["contestants"]] == [None, None] and len(result["comparisons"]) == 1
+    assert result["losses"]["to_eager"] == {} and result["losses"]["between_eager_formats"] is None
+
+
 def test_apex_takes_float16_on_a_gpu_alone(libraries):
     assert rivals.apex_obstacle(torch.device("cuda"), torch.float16) is None
     for device, kind in (("cuda", torch.bfloat16), ("cpu", torch.float16)):
