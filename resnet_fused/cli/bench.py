@@ -1,12 +1,12 @@
 """Time fused networks against others, after a proof that the fused ones are right.
 
-For every network: first `resnet-fused check`'s law at the image size and dtype asked for (one that breaks it is not
-timed, and the exit code is 1), then all contestants in turns, one step each per round, the starter changing from round
-to round. The ratio is the median over the rounds of theirs over ours; its interval is by order statistics, at least
-95 %, and assumes no distribution. A step is forward with cross-entropy, backward, and SGD with momentum, each timed;
-all contestants take the same steps on the same batches, so their losses can be compared at the end. Peak memory is the
-most that one step allocates at once above parameters, momentum and input; kept is what its forward keeps for its
-backward. Ctrl-C keeps what is finished.
+For every network: first `resnet-fused check`'s law at the image size and dtype asked for, on at most 8 images (one
+that breaks it is not timed, and the exit code is 1), then all contestants in turns, one step each per round, the
+starter changing from round to round. The ratio is the median over the rounds of theirs over ours; its interval is by
+order statistics, at least 95 %, and assumes no distribution. A step is forward with cross-entropy, backward, and SGD
+with momentum, each timed; all contestants take the same steps on the same batches, so their losses can be compared at
+the end. Peak memory is the most that one step allocates at once above parameters, momentum and input; kept is what
+its forward keeps for its backward. Ctrl-C keeps what is finished.
 """
 
 from __future__ import annotations
@@ -48,8 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--image", 224, "pixels", metavar="N")
     add("--dtype", "fp32", "of parameters and images", choices=_DTYPES)
     add("--amp", "off", "autocast to this dtype", choices=_AMP)
-    add("--memory", ("speed",), f"what fused networks keep for backward: some of {','.join(MEMORY_MODES)}")
-    add("--mode", ("train",), f"some of {','.join(_MODES)}")
+    add(
+        "--memory",
+        ("speed",),
+        f"what fused networks keep for backward: some of {','.join(MEMORY_MODES)}",
+        metavar="NAMES",
+    )
+    add("--mode", ("train",), f"some of {','.join(_MODES)}", metavar="NAMES")
     add("--rounds", 11, "timed steps of every contestant; six or more give an interval of 95 %%", metavar="N")
     add("--warm-up", 2, "untimed steps before them", metavar="N")
     add("--threads", 0, "CPU threads; 0 is torch's choice", metavar="N")
