@@ -28,9 +28,10 @@ def test_model(name: str, benchmark: Any, request: pytest.FixtureRequest, baseli
     benchmark.extra_info["results"] = session.results
     for result in session.results:
         rows = [row for row in result["contestants"] if not row["failed"]]
-        times = {row["name"]: medians_of(row["milliseconds"]) for row in rows}
-        peaks = {row["name"]: row["peak_bytes"] for row in rows}
+        times = {row["label"]: medians_of(row["milliseconds"]) for row in rows}
+        peaks = {row["label"]: row["peak_bytes"] for row in rows}
         title = f"{name} {result['mode']}, {option.batch}x3x{option.image}x{option.image}"
         for pair in result["comparisons"]:
-            found = Comparison(**{key: value for key, value in pair.items() if key != "verdict"})
+            names = {side: report.by_name(result)[pair[side]]["label"] for side in ("ours", "against")}
+            found = Comparison(**{key: value for key, value in {**pair, **names}.items() if key != "verdict"})
             request.config.stash[ROWS].append((found.ratio, line(title, found, times, peaks)))
