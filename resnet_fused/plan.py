@@ -1,22 +1,28 @@
-"""Which variant of a convolution runs at a site of the Triton engine, and why: rules, pure and without a device.
+"""Which variant of a convolution runs at a site, and why: what was measured on the device, else rules.
 
-    own        our kernels: batch norm, ReLU and join while loading, statistics and masks while storing
+    own        our Triton kernels: batch norm, ReLU and join while loading, statistics and masks while storing
     library    the vendor's convolution, with our batch norm kernels around it
+    extension  a block's shortcut by the C++/CUDA projection ops
 
-A plan never changes results beyond rounding. What is kept for backward does not depend on it.
+The rules are pure and ask no device. What `winners` holds for the very problem goes before them; what cannot run, and
+`force`, go before both. A plan never changes results beyond rounding. What is kept for backward does not depend on it.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping, Sequence
 
 import torch
+from torch import Tensor
 
-from .calls import Pair
+from . import winners
+from .calls import Pair, SiteCall
+from .kernels.geometry import precision
 
-OWN, LIBRARY = "own", "library"
+OWN, LIBRARY, EXTENSION = "own", "library", "extension"
 _FILTERS = (1, 3, 5, 7)
 _IMAGE_CHANNELS = 4
 _VECTOR_BYTES = 16
@@ -25,7 +31,7 @@ _MOST_PIXELS = 2**31 - 2**16
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """A decision: ``own`` or ``library``, and the reason in words."""
+    """A decision: ``own``, ``library`` or, for a shortcut, ``extension``; and the reason in words."""
 
     name: str
     reason: str
@@ -33,7 +39,11 @@ class Variant:
 
 @dataclasses.dataclass(frozen=True)
 class ConvShape:
-    """What a decision depends on: ``(N, C, H, W)`` into K channels with an R x S filter."""
+    """What a decision depends on: ``(N, C, H, W)`` into K channels with an R x S filter.
+
+    ``projection``: 0 for a site of the main path; for a shortcut how many pixels of its input lie between two that
+    it is handed, 1 where it is handed all. ``device``: `winners.device_name`; "" is the GPU in use, else the CPU.
+    """
 
     n: int
     c: int
@@ -47,10 +57,44 @@ class ConvShape:
     groups: int
     dtype: torch.dtype
     tf32: bool
+    projection: int = 0
+    device: str = ""
 
 
 _forced: str | None = None
-_refused: dict[object, str] = {}
+_refused: MutableMapping[object, str] = {}
+
+
+def shape_of(
+    engine: str,
+    convolution: tuple[Pair, Pair, Pair, int],
+    projection: bool,
+    size: Sequence[int],
+    strides: Sequence[int],
+    filters: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> ConvShape:
+    """The shape of a site: input ``size`` (N, C, H, W) with ``strides``, ``filters`` (K, C / groups, R, S).
+
+    ``convolution``: stride, padding, dilation and groups.
+    """
+    (n, c, h, w), (k, _, r, s) = size, filters
+    stride, padding, dilation, groups = convolution
+    step = max(1, strides[3] // max(c, 1)) if projection and strides[1] == 1 else int(projection)
+    tf32 = engine == "triton" and precision(dtype) == "tf32"
+    sides = (_pair(stride), _pair(padding), _pair(dilation))
+    return ConvShape(n, c, h, w, k, (r, s), *sides, groups, dtype, tf32, step, winners.device_name(device))
+
+
+def shape_of_call(call: SiteCall, x: Tensor, weight: Tensor) -> ConvShape:
+    """`shape_of` a site that convolves ``x`` with ``weight``."""
+    convolution = (call.stride, call.padding, call.dilation, call.groups)
+    return shape_of(call.engine, convolution, call.projection, x.shape, x.stride(), weight.shape, x.dtype, x.device)
+
+
+def _pair(sides: Pair) -> Pair:
+    return sides[0], sides[1]
 
 
 @contextlib.contextmanager
@@ -70,9 +114,9 @@ def force(name: str | None) -> Iterator[None]:
         _forced = previous
 
 
-def projection_extension() -> bool:
-    """Whether the C++/CUDA ops run the shortcuts; `force` asks for what runs the other sites."""
-    return _forced is None
+def forced() -> bool:
+    """Whether `force` holds: then no shortcut runs by the projection ops."""
+    return _forced is not None
 
 
 def refuse(shape: ConvShape, reason: str) -> None:
@@ -80,7 +124,19 @@ def refuse(shape: ConvShape, reason: str) -> None:
     _refused[shape] = reason
 
 
-def _impossible(shape: ConvShape) -> str | None:
+@contextlib.contextmanager
+def trial() -> Iterator[MutableMapping[object, str]]:
+    """Forget after the block what is refused in it; yields those refusals."""
+    global _refused
+    previous = _refused
+    _refused = collections.ChainMap({}, previous)
+    try:
+        yield _refused.maps[0]
+    finally:
+        _refused = previous
+
+
+def impossible(shape: ConvShape) -> str | None:
     """Why our kernels cannot run the shape at all, or None."""
     if shape in _refused:
         return _refused[shape]
@@ -103,15 +159,55 @@ def _slow(shape: ConvShape) -> str | None:
     return None
 
 
+def _device(shape: ConvShape) -> str:
+    return shape.device or winners.device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def problem_key(shape: ConvShape, engine: str) -> str:
+    """The shape in words that hold all of it: what `winners` knows it by."""
+    device = _device(shape)
+    threads = f", {torch.get_num_threads()} threads" if device.startswith("cpu") else ""
+    sides = " ".join(
+        f"{name} {side[0]}x{side[1]}"
+        for name, side in zip(("stride", "padding", "dilation"), (shape.stride, shape.padding, shape.dilation))
+    )
+    where = (
+        ("", ", shortcut")[shape.projection] if shape.projection < 2 else f", shortcut, 1 in {shape.projection} pixels"
+    )
+    problem = (
+        f"{engine}{threads}{where}, {shape.n}x{shape.c}x{shape.h}x{shape.w} to {shape.k}, "
+        f"filter {shape.filter[0]}x{shape.filter[1]} {sides} groups {shape.groups}, "
+        f"{str(shape.dtype).removeprefix('torch.')}{' by TF32' if shape.tf32 else ''}"
+    )
+    return winners.store.problem_key(device, problem)
+
+
+def _measured(shape: ConvShape, engine: str, names: tuple[str, ...]) -> Variant | None:
+    """What was measured for the shape, where that is one of ``names``."""
+    winners.ready(_device(shape))
+    found = winners.lookup(problem_key(shape, engine)) if winners.token else None
+    if found is None or found.choice not in names:
+        return None
+    return Variant(str(found.choice), found.words)
+
+
 def choose(shape: ConvShape) -> Variant:
-    """The variant for ``shape``."""
-    if reason := _impossible(shape):
+    """The variant of a site's convolution on the Triton engine."""
+    if reason := impossible(shape):
         return Variant(LIBRARY, reason)
     if _forced is not None:
         return Variant(_forced, "forced")
+    if measured := _measured(shape, "triton", (OWN, LIBRARY)):
+        return measured
     if reason := _slow(shape):
         return Variant(LIBRARY, reason)
     return Variant(OWN, "batch norm, ReLU and statistics inside the convolution")
+
+
+def shortcut(shape: ConvShape, engine: str) -> Variant:
+    """Who runs a block's shortcut that the projection ops can run; without them the engine runs it as any site."""
+    names = (EXTENSION, LIBRARY, OWN) if engine == "triton" else (EXTENSION, LIBRARY)
+    return _measured(shape, engine, names) or Variant(EXTENSION, "batch norm inside the projection ops")
 
 
 def prologue(variant: str, source: str, skip: str, owns_every_pixel: bool) -> Variant:

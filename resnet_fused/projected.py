@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import plan, projection
+from . import plan, projection, winners
 from .calls import SiteCall, SiteGrads, SiteOutputs, SiteParams, Source, unhanded
 from .engines import library
 
@@ -29,7 +29,7 @@ def takes(engine: str, x: Tensor, weight: Tensor, padding: tuple[int, int], grou
         and tuple(padding) == (0, 0)
         and groups == 1
         and weight.dtype in (x.dtype, torch.float32)
-        and plan.projection_extension()
+        and not plan.forced()
         and projection.unavailable(x.device, x.dtype) is None
     )
 
@@ -37,7 +37,38 @@ def takes(engine: str, x: Tensor, weight: Tensor, padding: tuple[int, int], grou
 def runs(call: SiteCall, source: Source, weight: Tensor) -> bool:
     """Whether the projection ops run the site."""
     plain = call.projection and source.kind == "plain"
-    return plain and takes(call.engine, source.y, weight, call.padding, call.groups)
+    return plain and takes(call.engine, source.y, weight, call.padding, call.groups) and _wins(call, source.y, weight)
+
+
+def _wins(call: SiteCall, x: Tensor, weight: Tensor) -> bool:
+    """Whether nothing else was measured to be faster; sizes that torch.compile keeps open were not measured."""
+    winners.ready_for(x.device)
+    if not winners.token:
+        return True
+    if torch.compiler.is_compiling():
+        known = torch.fx.experimental.symbolic_shapes.has_static_value
+        if not all(known(size) for size in x.shape):
+            return True
+    convolution = (call.stride, call.padding, call.dilation, call.groups)
+    return _extension_wins(
+        call.engine, convolution, tuple(x.shape), tuple(x.stride()), tuple(weight.shape), x.dtype, x.device
+    )
+
+
+def _extension_wins(
+    engine: str,
+    convolution: tuple[Any, ...],
+    size: tuple[int, ...],
+    strides: tuple[int, ...],
+    filters: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> bool:
+    shape = plan.shape_of(engine, convolution, True, size, strides, filters, dtype, device)
+    return plan.shortcut(shape, engine).name == plan.EXTENSION
+
+
+_extension_wins._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see `winners.ready`
 
 
 def _stepped(call: SiteCall, x: Tensor) -> tuple[Tensor, tuple[int, int]]:

@@ -15,6 +15,7 @@ ROOT = Path(resnet_fused.__file__).parent
 # A module may import those to its left and none to its right.
 LAYERS = (
     ("numerics", "spec", "reference", "calls", "reference_projection"),
+    ("winners",),
     ("kernels", "plan"),
     ("engines",),
     ("projection",),
@@ -31,7 +32,7 @@ LAYERS = (
     ("counting", "devices", "passes", "siteplan"),
     ("costs",),
     ("explain", "resnet", "architectures"),
-    ("checking", "traffic", "compiling"),
+    ("checking", "traffic", "compiling", "tuning"),
     ("train",),
     ("benching",),
     ("cli", "__main__"),

@@ -18,21 +18,14 @@ from ..kernels import pack
 from ..kernels.conv_dgrad import DgradEpilogue, conv_dgrad
 from ..kernels.conv_fwd import RAW, Epilogue, conv_fwd
 from ..kernels.conv_wgrad import conv_wgrad
-from ..kernels.geometry import PLAIN, Geometry, Prologue, loadable, new_mask, precision
+from ..kernels.geometry import PLAIN, Geometry, Prologue, loadable, new_mask
 from ..kernels.gradient import Gradient
 from ..kernels.launch import attribute
 from . import library
 from . import triton_primitives as primitives
 
 _PRIMITIVES = sys.modules[primitives.__name__]
-
-
-def _shape(call: SiteCall, x: Tensor, weight: Tensor) -> plan.ConvShape:
-    n, c, h, w = x.shape
-    k, _, r, s = weight.shape
-    tf32 = precision(x.dtype) == "tf32"
-    sides = (tuple(call.stride), tuple(call.padding), tuple(call.dilation))
-    return plan.ConvShape(n, c, h, w, k, (r, s), *sides, call.groups, x.dtype, tf32)  # type: ignore[arg-type]
+_shape = plan.shape_of_call
 
 
 def _runs_own(shape: plan.ConvShape) -> bool:

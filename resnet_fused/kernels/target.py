@@ -9,6 +9,8 @@ from collections.abc import Iterator
 
 import torch
 
+from .. import winners
+
 KIB = 1024
 DEFAULT = "sm_90"
 # Most dynamic shared memory of one block in bytes, and multiprocessors of the largest common part.
@@ -18,11 +20,15 @@ _PROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_89": 142, "sm_90": 132, "sm_100": 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A GPU as tile choice sees it: architecture, shared memory per block in bytes, multiprocessors."""
+    """A GPU as tile choice sees it: architecture, shared memory per block in bytes, multiprocessors.
+
+    ``name`` is that of a real device (`winners.device_name`); the rules do not look at it.
+    """
 
     arch: str
     shared_bytes: int
     processors: int
+    name: str = ""
 
     @property
     def has_tcgen05(self) -> bool:
@@ -52,7 +58,8 @@ def _of_device(index: int) -> Target:
         arch = properties.gcnArchName.split(":")[0]
     else:
         arch = f"sm_{properties.major}{properties.minor}"
-    return dataclasses.replace(named(arch), processors=properties.multi_processor_count)
+    name = winners.device_name(torch.device("cuda", index))
+    return dataclasses.replace(named(arch), processors=properties.multi_processor_count, name=name)
 
 
 def of(device: torch.device) -> Target:

@@ -1,4 +1,4 @@
-"""Tile choice: a pure function of the problem, the dtype and the target; no device is asked.
+"""Tile choice: what was measured for the problem on the target, else a pure function of both; no device is asked.
 
 A convolution is a matrix product rows x cols over a depth:
 
@@ -15,11 +15,14 @@ the tests.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+from collections.abc import Iterator
 
 import torch
 
+from .. import winners
 from .target import Target
 
 _SIDES = (16, 32, 64, 128)
@@ -60,6 +63,9 @@ class Tile:
     def options(self) -> dict[str, int]:
         """Triton's launch options."""
         return {"num_warps": self.warps, "num_stages": self.stages}
+
+
+_noted: list[tuple[Problem, Target]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +156,46 @@ def candidates(problem: Problem, target: Target) -> list[Tile]:
     return fitting or [min(tiles, key=lambda tile: shared_bytes(problem, tile))]
 
 
+def problem_key(problem: Problem, target: Target) -> str:
+    """The problem in words that hold all of it: what `winners` knows it by."""
+    loads = f", {problem.loads} loads" if problem.loads > 1 else ""
+    what = (
+        f"tile of {problem.kind}, {problem.rows}x{problem.cols}, depth {problem.depth}, {problem.taps} taps{loads}, "
+        f"{str(problem.dtype).removeprefix('torch.')}{', exact' if problem.exact else ''}"
+    )
+    return winners.store.problem_key(target.name or target.arch, what)
+
+
+def as_choice(tile: Tile) -> tuple[int, ...]:
+    """The tile as `winners` keeps it."""
+    return dataclasses.astuple(tile)
+
+
+def _measured(problem: Problem, target: Target) -> Tile | None:
+    """What was measured for the problem, where it is a tile that fits."""
+    if target.name:
+        winners.ready(target.name)
+    found = winners.lookup(problem_key(problem, target)) if winners.token else None
+    if found is None or len(found.choice) != len(dataclasses.fields(Tile)) or isinstance(found.choice, str):
+        return None
+    tile = Tile(*found.choice)
+    powers = all(n & (n - 1) == 0 for n in (tile.rows, tile.cols, tile.depth, tile.warps))
+    return tile if powers and shared_bytes(problem, tile) <= target.shared_bytes else None
+
+
+@contextlib.contextmanager
+def noting() -> Iterator[list[tuple[Problem, Target]]]:
+    """Yields a list that gains every problem for which a tile is chosen in the block."""
+    global _noted
+    previous, _noted = _noted, []
+    try:
+        yield _noted
+    finally:
+        _noted = previous
+
+
 def choose(problem: Problem, target: Target) -> Tile:
-    """The rules' configuration: the first candidate."""
-    return candidates(problem, target)[0]
+    """The measured configuration, else the rules': the first candidate."""
+    if _noted is not None:
+        _noted.append((problem, target))
+    return _measured(problem, target) or candidates(problem, target)[0]
