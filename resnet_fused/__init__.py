@@ -25,6 +25,7 @@ from .resnet import (
     wide_resnet50_2,
     wide_resnet101_2,
 )
+from .tuning import TuneReport, tune, use_tuned
 
 __version__ = "0.1.0"
 
@@ -34,6 +35,7 @@ __all__ = [
     "ConvBNReLU",
     "PlainBlock",
     "Stem",
+    "TuneReport",
     "check",
     "cifar_resnet",
     "explain",
@@ -50,7 +52,9 @@ __all__ = [
     "resnext50_32x4d",
     "resnext101_32x8d",
     "resnext101_64x4d",
+    "tune",
     "unfuse",
+    "use_tuned",
     "wide_resnet50_2",
     "wide_resnet101_2",
 ]

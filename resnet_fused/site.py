@@ -10,11 +10,28 @@ forward, in the backward, and to rebuild what a memory mode did not keep.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
 from torch import Tensor
 
 from . import engines, projected
 from .calls import SiteCall, SiteGrads, SiteOutputs, SiteParams, Source
 from .engines import library
+
+_watcher: Callable[..., Any] | None = None
+
+
+@contextlib.contextmanager
+def watched(watcher: Callable[..., Any]) -> Iterator[None]:
+    """Call ``watcher(name, *arguments)`` at every `site_forward` and `site_backward` in the block."""
+    global _watcher
+    previous, _watcher = _watcher, watcher
+    try:
+        yield
+    finally:
+        _watcher = previous
 
 
 def load_source(engine: str, source: Source) -> Tensor:
@@ -33,6 +50,8 @@ def site_forward(call: SiteCall, source: Source, params: SiteParams) -> SiteOutp
     Raises:
         ValueError: one value per channel in training, as ``F.batch_norm`` does.
     """
+    if _watcher is not None:
+        _watcher("forward", call, source, params)
     engine = engines.get(call.engine)
     if projected.runs(call, source, params.weight):
         return projected.site_forward(engine, call, source, params)
@@ -67,6 +86,8 @@ def site_backward(
     """Backward of `site_forward`, given its ``mask``. See `library.site_backward`."""
     if not any(needs):
         return SiteGrads()
+    if _watcher is not None:
+        _watcher("backward", call, source, x, weight, y, moments, g, sums, dskip, needs, mask)
     engine = engines.get(call.engine)
     if projected.runs(call, source, weight):
         return projected.site_backward(call, source, weight, y, moments, g, sums, dskip, needs)

@@ -1,0 +1,127 @@
+"""What may run at a site: every candidate is a table of winners under which the site functions run it.
+
+A new way to run a site on some engine is a name in `variants`, which `plan` must know how to choose.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from .. import plan, winners
+from ..kernels import tiles
+from ..kernels.target import Target
+from ..winners import Winner
+from .law import Law, results
+from .race import Run
+from .sites import Inputs, SiteProblem
+
+Table = Mapping[str, Winner]
+
+
+class Candidate(NamedTuple):
+    """A name to print, and the table that makes the site functions run it."""
+
+    name: str
+    table: Table
+
+
+class Prepared(NamedTuple):
+    """A problem's uses with tensors, each beside the law for it."""
+
+    inputs: list[Inputs]
+    laws: list[Law]
+
+
+def variants(problem: SiteProblem) -> list[str]:
+    """The variants that can run the problem, the rules' own first."""
+    shape, engine = problem.shape, problem.engine
+    ours = [plan.OWN] if engine == "triton" and plan.impossible(shape) is None else []
+    names = [plan.LIBRARY, *ours]
+    with winners.using({}):
+        default = plan.choose(shape).name if engine == "triton" else plan.LIBRARY
+        if problem.extension:
+            names.append(plan.EXTENSION)
+            default = plan.shortcut(shape, engine).name
+    return [default, *(name for name in names if name != default)]
+
+
+def variant(problem: SiteProblem, name: str, tile_table: Table) -> Candidate:
+    """The candidate that runs variant ``name``, with measured tiles."""
+    return Candidate(name, {**tile_table, problem.key: Winner(name, "")})
+
+
+@contextlib.contextmanager
+def _private() -> Iterator[Mapping[Any, str]]:
+    """Keep what fails in the block from the rest of the process: no warning, no refusal that stays."""
+    with plan.trial() as refused, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield refused
+
+
+def fault(candidate: Candidate, problem: SiteProblem, prepared: Prepared, part: str | None = None) -> str | None:
+    """Why a candidate is out: it cannot run the problem, or breaks the numerics law; None when it is right.
+
+    ``part``: as in `law.results`; None: all of it.
+    """
+    with _private() as refused, winners.using(candidate.table):
+        for inputs, law in zip(prepared.inputs, prepared.laws):
+            try:
+                got = results(inputs, part)
+            except Exception as error:  # whatever it is, this candidate is not the user's problem
+                return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160] if str(error) else ''}"
+            if problem.shape in refused:
+                return refused[problem.shape]
+            if broken := law.broken_by(got, part):
+                return broken
+    return None
+
+
+def timed(candidate: Candidate, prepared: Prepared, part: str | None = None) -> Run:
+    """A part of every use of the problem, by the candidate."""
+    work = WORK[part]
+
+    def run() -> None:
+        with winners.using(candidate.table):
+            for inputs in prepared.inputs:
+                work(inputs)
+
+    return run
+
+
+def _both_ways(inputs: Inputs) -> None:
+    inputs.forward()
+    inputs.backward()
+
+
+# What is timed, by part; the tiles of each kind of product have a part to themselves.
+WORK: dict[str | None, Callable[[Inputs], object]] = {
+    None: _both_ways,
+    "fwd": Inputs.forward,
+    "dgrad": lambda inputs: inputs.backward((inputs.needs[0], False)),
+    "wgrad": lambda inputs: inputs.backward((False, inputs.needs[1])),
+}
+TILED = ("fwd", "dgrad", "wgrad")
+
+
+def tile_problems(kind: str, own: Candidate, prepared: Prepared) -> dict[str, tuple[tiles.Problem, Target]]:
+    """The products of one kind for which our kernels choose a tile at this site, by their keys."""
+    with _private(), winners.using(own.table), tiles.noting() as noted:
+        for inputs in prepared.inputs:
+            WORK[kind](inputs)
+    return {tiles.problem_key(*found): found for found in noted if found[0].kind == kind}
+
+
+def tile_candidates(key: str, problem: tiles.Problem, target: Target, own: Candidate) -> list[Candidate]:
+    """Every tile for one product, the rules' own first."""
+    return [
+        Candidate(_tile_name(tile), {**own.table, key: Winner(tiles.as_choice(tile), "")})
+        for tile in tiles.candidates(problem, target)
+    ]
+
+
+def _tile_name(tile: tiles.Tile) -> str:
+    split = f" split {tile.split}" if tile.split > 1 else ""
+    return f"{tile.rows}x{tile.cols}x{tile.depth} warps {tile.warps} stages {tile.stages}{split}"
