@@ -54,7 +54,7 @@ def variant(problem: SiteProblem, name: str, tile_table: Table) -> Candidate:
 
 
 @contextlib.contextmanager
-def _private() -> Iterator[Mapping[Any, str]]:
+def in_private() -> Iterator[Mapping[Any, str]]:
     """Keep what fails in the block from the rest of the process: no warning, no refusal that stays."""
     with plan.trial() as refused, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -66,7 +66,7 @@ def fault(candidate: Candidate, problem: SiteProblem, prepared: Prepared, part: 
 
     ``part``: as in `law.results`; None: all of it.
     """
-    with _private() as refused, winners.using(candidate.table):
+    with in_private() as refused, winners.using(candidate.table):
         for inputs, law in zip(prepared.inputs, prepared.laws):
             try:
                 got = results(inputs, part)
@@ -108,7 +108,7 @@ TILED = ("fwd", "dgrad", "wgrad")
 
 def tile_problems(kind: str, own: Candidate, prepared: Prepared) -> dict[str, tuple[tiles.Problem, Target]]:
     """The products of one kind for which our kernels choose a tile at this site, by their keys."""
-    with _private(), winners.using(own.table), tiles.noting() as noted:
+    with in_private(), winners.using(own.table), tiles.noting() as noted:
         for inputs in prepared.inputs:
             WORK[kind](inputs)
     return {tiles.problem_key(*found): found for found in noted if found[0].kind == kind}

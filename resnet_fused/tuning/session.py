@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .. import plan, winners
 from ..winners import Winner, store
 from . import ranks
+from .candidates import in_private
 from .measure import Measurement, Progress
 from .race import LEAST_ROUNDS, Outcome, Timer
 from .report import TuneReport
@@ -136,7 +137,7 @@ def _tune(
     before = winners.table()
     with _undisturbed(device):
         step = Step(private_copy(model, memory, engine), tuple(map(_private, sample)))
-        with winners.using({}):
+        with in_private(), winners.using({}):
             problems = collect(step)
         reserved = min(_STEPS_SHARE * time_limit, _STEPS * (timer.now() - start))
         work = Measurement(problems, device, timer, start + time_limit - reserved, progress or _silent)
