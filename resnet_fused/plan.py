@@ -13,6 +13,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator, MutableMapping, Sequence
 
 import torch
@@ -166,20 +167,21 @@ def _device(shape: ConvShape) -> str:
 def problem_key(shape: ConvShape, engine: str) -> str:
     """The shape in words that hold all of it: what `winners` knows it by."""
     device = _device(shape)
-    threads = f", {torch.get_num_threads()} threads" if device.startswith("cpu") else ""
-    sides = " ".join(
-        f"{name} {side[0]}x{side[1]}"
-        for name, side in zip(("stride", "padding", "dilation"), (shape.stride, shape.padding, shape.dilation))
+    return _problem_key(shape, engine, device, torch.get_num_threads() if device.startswith("cpu") else 0)
+
+
+@functools.lru_cache(maxsize=4096)
+def _problem_key(shape: ConvShape, engine: str, device: str, threads: int) -> str:
+    words = (
+        f"{engine}, {threads} threads" if threads else engine,
+        *(["shortcut"] if shape.projection else []),
+        *([f"1 in {shape.projection} pixels"] if shape.projection > 1 else []),
+        f"{shape.n}x{shape.c}x{shape.h}x{shape.w} to {shape.k}",
+        *(f"{name} {'x'.join(map(str, getattr(shape, name)))}" for name in ("filter", "stride", "padding", "dilation")),
+        f"groups {shape.groups}",
+        f"{str(shape.dtype).removeprefix('torch.')}{' by TF32' if shape.tf32 else ''}",
     )
-    where = (
-        ("", ", shortcut")[shape.projection] if shape.projection < 2 else f", shortcut, 1 in {shape.projection} pixels"
-    )
-    problem = (
-        f"{engine}{threads}{where}, {shape.n}x{shape.c}x{shape.h}x{shape.w} to {shape.k}, "
-        f"filter {shape.filter[0]}x{shape.filter[1]} {sides} groups {shape.groups}, "
-        f"{str(shape.dtype).removeprefix('torch.')}{' by TF32' if shape.tf32 else ''}"
-    )
-    return winners.store.problem_key(device, problem)
+    return winners.store.problem_key(device, ", ".join(words))
 
 
 def _measured(shape: ConvShape, engine: str, names: tuple[str, ...]) -> Variant | None:

@@ -150,8 +150,25 @@ def test_a_damaged_file_is_replaced_by_a_tune_that_succeeds(tmp_path):
     with pytest.raises(ValueError, match="time_limit"):
         tune(shortcut_block(), images(), time_limit=-1, cache_dir=tmp_path)
     assert path.read_text() == "{"
-    report = tuned(Clock(*CLEAR), cache_dir=tmp_path)
+    with pytest.warns(UserWarning, match="damaged, not JSON"):
+        report = tuned(Clock(*CLEAR), cache_dir=tmp_path)
     assert report.written == str(path) and len(store.read(path, cpu_name())) == 1
+
+
+@needs_ops
+def test_what_the_named_folder_holds_is_used_too(tmp_path):
+    store.save(cpu_name(), {f"{cpu_name()} | p": winners.Winner("own", "measured")}, tmp_path)
+    tuned(Clock(*CLEAR), cache_dir=tmp_path)
+    assert len(winners.table()) == len(store.load(cpu_name(), tmp_path)) == 2
+
+
+def test_what_a_wrapper_holds_is_measured():
+    model = shortcut_block()
+    for wrapped in (model, nn.DataParallel(model), torch.compile(model, backend="eager"), torch.compile(fuse(model))):
+        assert type(steps.private_copy(wrapped, None, None)).__name__ == "BasicBlock"
+    holder = nn.Module()
+    holder.module = model
+    assert type(steps.private_copy(holder, None, None)) is nn.Module
 
 
 def test_the_users_model_is_left_alone():

@@ -54,6 +54,11 @@ def test_only_a_clear_winner_replaces_the_default(other, winner):
     assert outcome.winner() == winner
 
 
+def test_a_gain_in_some_rounds_alone_is_none():
+    assert Outcome({"own": [1.0] * 5, "library": [2.0, 2.0, 0.9, 0.9, 0.9]}).winner() == "own"
+    assert Outcome({"own": [1.0] * 5, "library": [2.0, 0.9, 0.9, 0.9, 0.9]}).winner() == "library"
+
+
 def test_the_fastest_of_the_clear_winners_wins():
     outcome, _ = raced(a=(0.010,), b=(0.008,), c=(0.007,), d=(0.0069, 0.3))
     assert outcome.winner() in ("c", "d") and outcome.default == "a"

@@ -50,6 +50,7 @@ def launched():
 def test_our_kernels_and_their_tiles_are_measured_and_run(seconds):
     report = tuned(seconds)
     assert not [note for measured in report.measured for note in measured.notes]
+    assert len(report.measured) == 4
     winner = {m.problem.rpartition(": ")[2]: m.winner for m in report.measured}
     assert winner.pop("2x8x5x4 to 8, 3x3, bfloat16") == "own"
     assert set(winner) == {"tile of fwd", "tile of dgrad", "tile of wgrad"}

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 
@@ -156,6 +157,7 @@ def candidates(problem: Problem, target: Target) -> list[Tile]:
     return fitting or [min(tiles, key=lambda tile: shared_bytes(problem, tile))]
 
 
+@functools.lru_cache(maxsize=4096)
 def problem_key(problem: Problem, target: Target) -> str:
     """The problem in words that hold all of it: what `winners` knows it by."""
     loads = f", {problem.loads} loads" if problem.loads > 1 else ""

@@ -15,6 +15,7 @@ LEAST_GAIN = 1.02  # a candidate replaces the default only if it is faster by mo
 LEAST_ROUNDS, MOST_ROUNDS = 5, 25
 _SHORTEST = 2e-3  # seconds of one timing on a CPU; what is quicker is run several times
 _MOST_REPEATS = 64
+_LARGEST_L2 = 2**27  # bytes; for a device that does not say
 _WARM_UPS = 2
 _SHARE = 0.25  # of the time left, for one race
 Run = Callable[[], object]
@@ -65,8 +66,8 @@ class Timer:
 
     def _events(self, run: Run) -> float:
         if self._flush is None:
-            size = 2 * torch.cuda.get_device_properties(self.device).L2_cache_size
-            self._flush = torch.empty(size, dtype=torch.int8, device=self.device)
+            cache = getattr(torch.cuda.get_device_properties(self.device), "L2_cache_size", 0) or _LARGEST_L2
+            self._flush = torch.empty(2 * cache, dtype=torch.int8, device=self.device)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self._flush.zero_()
         begin.record()

@@ -134,7 +134,7 @@ def _tune(
     unwritable = _unwritable(where)
     if cache_dir is None:
         winners.ready(name)
-    before = winners.table()
+    before = {**winners.table(), **({} if cache_dir is None else store.load(name, cache_dir))}
     with _undisturbed(device):
         step = Step(private_copy(model, memory, engine), tuple(map(_private, sample)))
         with in_private(), winners.using({}):

@@ -24,14 +24,21 @@ def private_copy(model: nn.Module, memory: str | None, engine: str | None) -> nn
     Raises:
         ValueError: unknown ``memory`` or ``engine``.  TypeError, RuntimeError: the model cannot be copied.
     """
-    while isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module):
-        model = inner
+    model = _unwrapped(model)
     twin = copy.deepcopy(model)
     for parameter in twin.parameters():
         parameter.grad = None
     if memory is not None or engine is not None or not any(isinstance(m, Fused) for m in twin.modules()):
         fuse(twin, memory=memory or "speed", engine=engine)
     return twin if model.training else twin.train()
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """What `torch.compile` or a data-parallel wrapper holds."""
+    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    while hasattr(model, "_orig_mod") or isinstance(model, wrappers):
+        model = model.module if isinstance(model, wrappers) else model._orig_mod  # type: ignore[assignment]
+    return model
 
 
 def _floats(value: Any) -> Iterator[Tensor]:
