@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import warnings
 from pathlib import Path
 
@@ -12,7 +11,6 @@ import torch
 from torch import nn
 
 from resnet_fused import fuse, plan, tune, use_tuned, winners
-from resnet_fused.cli import main
 from resnet_fused.resnet import cifar_resnet
 from resnet_fused.tuning import candidates, digest, law, sites, steps
 from resnet_fused.winners import store
@@ -262,37 +260,3 @@ def test_bad_arguments_are_named(call, error, words):
         with pytest.raises(error, match=words):
             call(shortcut_block(), images())
     assert not winners.table() and not list(store.folder().glob("*.json"))
-
-
-COMMAND = ["tune", "--model", "tests.test_train:tiny", "--batch", "2", "--image", "8", "--time", "2"]
-
-
-def test_the_command_prints_and_writes(capsys, tmp_path):
-    assert main([*COMMAND, "--cache", str(tmp_path), "--json", str(tmp_path / "report.txt")]) == 0
-    captured = capsys.readouterr()
-    assert "decisions" in captured.out
-    found = json.loads((tmp_path / "report.txt").read_text())
-    assert found["device"] == cpu_name() and {"measured", "step", "written", "digest"} <= set(found)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--model", "resnet51"], "did you mean resnet50"),
-        (["--dtype", "fp8"], "tune: --dtype: expected one of fp32"),
-        (["--device", "nonsense"], "tune: --device: expected cpu or cuda, got 'nonsense'"),
-        (["--device", "meta"], "tune: --device: expected cpu or cuda, got 'meta'"),
-        (["--device", "cuda:99"], "torch sees no such GPU"),
-        (["--time", "0"], "tune: --time: expected seconds above 0, got 0"),
-        (["--batch", "0"], "tune: --batch: expected at least 1, got 0"),
-        (["--image", "0"], "tune: --image: expected at least 1, got 0"),
-        (["--cache", "FILE/cache"], "FILE/cache: cannot be written to"),
-    ],
-)
-def test_bad_input_is_one_line_and_exit_code_2(arguments, words, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("FILE").touch()
-    monkeypatch.setattr("resnet_fused.tuning.tune", lambda *a, **k: pytest.fail("measured"))
-    assert main([*COMMAND, *arguments]) == 2
-    captured = capsys.readouterr()
-    assert words in captured.err and captured.err.count("\n") == 1

@@ -41,6 +41,7 @@ def _machine() -> list[tuple[str, str]]:
         ("threads", str(torch.get_num_threads())),
         ("CPU", f"torch uses {capability}"),
         ("GPU", ", ".join(gpus) or "none"),
+        ("tuned", _tuned()),
     ]
 
 
@@ -53,6 +54,19 @@ def _projection() -> list[tuple[str, str, str]]:
     devices = {"cpu": "C++ kernels around the BLAS of torch", "cuda": "CUDA kernels, bf16, fp16, TF32 and fp32"}
     reasons = {name: projection.unavailable(torch.device(name), torch.float32) for name in devices}
     return [(name, "no" if reasons[name] else "runs", reasons[name] or words) for name, words in devices.items()]
+
+
+def _tuned() -> str:
+    """What a process on this device uses of `resnet-fused tune`."""
+    import torch
+
+    from .. import winners
+
+    device = winners.device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    winners.ready(device)
+    count = len(winners.table())
+    path = winners.store.path_of(device, winners.store.folder())
+    return f"{count} measured choices, {path}" if count else "no measured choices; resnet-fused tune makes some"
 
 
 def _self_test() -> tuple[bool, str]:

@@ -64,10 +64,14 @@ def _moved(inputs: Inputs, dtype: torch.dtype | None, layout: torch.memory_forma
 
 
 class Law:
-    """The measure for one use, made once for all candidates: float64, and plain PyTorch in both memory formats."""
+    """The measure for one use, made once for all candidates: float64, and plain PyTorch in both memory formats.
 
-    def __init__(self, inputs: Inputs) -> None:
-        self.dtype = inputs.source.y.dtype
+    ``tf32``: whether the convolution of float32 may run in TF32.
+    """
+
+    def __init__(self, inputs: Inputs, tf32: bool = False) -> None:
+        # TF32 has the mantissa of float16: where a product is allowed it, how operands lose theirs is not prescribed.
+        self.dtype = torch.float16 if tf32 else inputs.source.y.dtype
         last = torch.channels_last
         self.ref = {n: t.double() for n, t in results(_moved(inputs, torch.float64, last)).items()}
         self.eager = [results(_moved(inputs, None, layout)) for layout in (last, torch.contiguous_format)]

@@ -76,14 +76,15 @@ class Measurement:
         """``work`` on the problem; what cannot be set up, for want of memory say, stays on the rules."""
         try:
             with torch.no_grad():
-                prepared = self._prepare(problem)
+                prepared = self.prepare(problem)
                 work(problem, prepared)
         except Exception as error:
             self.notes.append(f"{problem}: stays on the rules: {type(error).__name__}: {_first_line(error)}")
 
-    def _prepare(self, problem: SiteProblem) -> Prepared:
+    def prepare(self, problem: SiteProblem) -> Prepared:
+        """Tensors for every use of the problem, and the law for them."""
         inputs = [make_inputs(use, problem.key, self.device) for use in problem.uses]
-        return Prepared(inputs, [Law(one) for one in inputs])
+        return Prepared(inputs, [Law(one, problem.shape.tf32) for one in inputs])
 
     def _race(
         self,
