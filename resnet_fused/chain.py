@@ -57,7 +57,7 @@ def _skip(link: Link) -> Skip:
     return Skip(shortcut.kind, shortcut.stride, shortcut.channel_offset)
 
 
-def _hand_stride(link: Link, engine: str) -> int:
+def hand_stride(link: Link, engine: str) -> int:
     """How many pixels the block's projection steps over: what it never reads is then not handed to it.
 
     Its gradient comes back as small as that. Only for engines whose kernels load such a view.
@@ -96,7 +96,7 @@ def _run_link(link: Link, engine: str, state: Tensor | Pending, original: Tensor
     """One block, a node per site. ``original``: the shortcut's input, where autocast's cast made another."""
     spec = link.spec
     x: Tensor | None = None
-    stride = 1 if original is not None else _hand_stride(link, engine)
+    stride = 1 if original is not None else hand_stride(link, engine)
     for i, site in enumerate(spec.sites):
         call, params = bind(link.block, site, engine)
         if i == 0:

@@ -14,15 +14,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from . import engines, plan, projected
-from .chain import recomputes
+from . import engines, plan, projected, winners
+from .chain import hand_stride, recomputes
 from .fuse import unfuse
 from .kernels.geometry import Geometry, precision
 from .links import Link, child, conv_padding
 from .modules import BINDING, FusedBlock, FusedStage, FusedTrunk, stage_names
 from .spec import SiteSpec
-
-PROJECTION = "projection"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +29,7 @@ class SitePlan:
 
     Args:
         conv, block: names in the model.  shape: of the convolution.
-        engine: reference, cpu or triton.  variant: own, library or projection, and why.
+        engine: reference, cpu or triton.  variant: own, library or extension, and why.
         source: what its input is: plain, pending or join.  prologue: none, fused or materialised, and why.
         memory, extent: of its block.
     """
@@ -150,14 +148,27 @@ def _plans_of_link(
         yield SitePlan(conv, name, shape, engine, variant, source, prologue, link.memory, extent)
 
 
+def _handed(shape: plan.ConvShape, step: int) -> plan.ConvShape:
+    """The shape of a shortcut that is handed every ``step``-th pixel of its block's input."""
+    if step == 1:
+        return dataclasses.replace(shape, projection=1)
+    h, w = -(-shape.h // step), -(-shape.w // step)
+    return dataclasses.replace(shape, h=h, w=w, stride=(1, 1), projection=step)
+
+
 def _variant(
     link: Link, site: SiteSpec, shape: plan.ConvShape, dtype: torch.dtype, shortcut: bool
 ) -> tuple[str, plan.Variant]:
     conv = child(link.block, site.conv)
     engine = engines.select(conv.weight.device, dtype, link.engine)
+    shape = dataclasses.replace(shape, device=winners.device_name(conv.weight.device))
     x = conv.weight.new_empty(0, dtype=dtype)
+    if shortcut:
+        shape = _handed(shape, 1 if recomputes(link) else hand_stride(link, engine))
     if shortcut and projected.takes(engine, x, conv.weight, conv_padding(conv), conv.groups):
-        return engine, plan.Variant(PROJECTION, "a 1x1 shortcut: gathered, multiplied and reduced by one C++ op")
+        runs = plan.shortcut(shape, engine)
+        if runs.name == plan.EXTENSION:
+            return engine, runs
     if engine == "triton":
         return engine, plan.choose(shape)
     passes = "the C++ engine's" if engine == "cpu" else "PyTorch's"

@@ -54,7 +54,7 @@ def test_the_triton_engines_plan_has_reasons_too(name, dtype):
     ("variant", "source", "skip", "owns"),
     list(
         itertools.product(
-            (plan.OWN, plan.LIBRARY, "projection"),
+            (plan.OWN, plan.LIBRARY, plan.EXTENSION),
             ("plain", "pending", "join"),
             ("none", "identity", "pad", "projection"),
             (True, False),
@@ -123,7 +123,7 @@ def test_the_shortcut_says_who_runs_it():
     model = fuse(BUILDERS["resnet18"](fused=False))
     found = next(site for site in site_plans(model, META) if site.conv == "layer2.0.downsample.0")
     absent = unavailable(torch.device("cpu"), torch.float32)
-    assert found.variant.name == ("projection" if absent is None else plan.LIBRARY)
+    assert found.variant.name == (plan.EXTENSION if absent is None else plan.LIBRARY)
     with plan.force(plan.LIBRARY):
         found = next(site for site in site_plans(model, META) if site.conv == "layer2.0.downsample.0")
     assert found.variant.name == plan.LIBRARY
