@@ -62,7 +62,7 @@ def test_the_layers_add_up_to_the_counter(network, memory):
     kinds = ("activations", "weights", "partials")
     assert cost.moved == sum(half.moved(kind) for half in (step.forward, step.backward) for kind in kinds)
     assert cost.launches == step.launches + step.operators
-    assert cost.kept == sum(step.kept.values()) and cost.alive == step.peak
+    assert cost.kept == sum(step.kept.values()) and cost.alive == step.peak > cost.kept
 
 
 def _activations(model: torch.nn.Module, x: torch.Tensor) -> dict[str, int]:
