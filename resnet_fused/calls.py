@@ -45,6 +45,9 @@ class Skip(NamedTuple):
     channel_offset: int = 0
 
 
+NO_SKIP = Skip()
+
+
 class Source(NamedTuple):
     """Where a site's input comes from.
 
@@ -56,7 +59,7 @@ class Source(NamedTuple):
     y: Tensor
     moments: Tensor | None = None
     relu: bool = True
-    skip: Skip = Skip()
+    skip: Skip = NO_SKIP
     residual: Tensor | None = None
     residual_moments: Tensor | None = None
 
@@ -90,20 +93,27 @@ class SiteOutputs(NamedTuple):
 
     ``y``: the raw output. ``moments``: (5, K). ``x``: the activation that was convolved; may be None for a pending
     source, whose activation nobody else reads. ``mask``: of a join, the engine's compact form of its ReLU's mask, kept
-    for backward; None where ``x`` itself serves.
+    for backward; None where ``x`` itself serves. ``carrier``: an empty (2, K), where the engine made one.
     """
 
     y: Tensor
     moments: Tensor
     x: Tensor | None = None
     mask: Tensor | None = None
+    carrier: Tensor | None = None
 
 
 class SiteGrads(NamedTuple):
-    """Gradients of a site's inputs; ``source`` and ``residual`` are those of the tensors in `Source`."""
+    """Gradients of a site's inputs; ``source`` and ``residual`` are those of the tensors in `Source`.
+
+    ``conv_bias``, ``gamma`` and ``beta`` only where the engine makes them; they follow from the sums (`nodes`).
+    """
 
     source: Tensor | None = None
     source_sums: Tensor | None = None
     residual: Tensor | None = None
     residual_sums: Tensor | None = None
     weight: Tensor | None = None
+    conv_bias: Tensor | None = None
+    gamma: Tensor | None = None
+    beta: Tensor | None = None

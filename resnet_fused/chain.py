@@ -11,33 +11,37 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from . import engines
-from .calls import SiteCall, SiteParams, Skip, handed
+from . import engines, projected
+from .calls import NO_SKIP, SiteCall, SiteParams, Skip, handed
+from .closed import ClosedSiteFunction
 from .infer import infer_link, infers
-from .links import Link, bind, child, conv_padding, plain_projection
+from .links import Link, bind, child, conv_padding, plain_projection, weight_and_bias
 from .nodes import CloseFunction, NodeCall, Pending, PoolFunction, SiteFunction
 from .recompute import RecomputeFunction
+from .spec import SiteSpec
 
 _POINTWISE = (1, 1)
+_STEPPING = ("triton",)  # engines whose kernels load a view that steps over pixels
 
 
 def _apply_site(
     state: Tensor | Pending, call: SiteCall, params: SiteParams, join: bool
 ) -> tuple[Pending, Tensor | None]:
     """One site node; ``join`` says that the activation is wanted too, for the block's shortcut."""
-    tensors: tuple[Tensor | None, ...]
+    x: Tensor | None = None
     if isinstance(state, Pending):
-        kind = "join" if join or state.skip.kind != "none" else "pending"
-        node = NodeCall(kind, state.relu, state.skip, (call,))
-        tensors = (state.y, state.moments, state.carrier, *state[5:])
+        y, moments, carrier, relu, skip, *residual = state
+        kind = "join" if join or skip.kind != "none" else "pending"
+        node = NodeCall(kind, relu, skip, (call,))
+        made = SiteFunction.apply(node, y, moments, carrier, *residual, *params)
     else:
-        node = NodeCall("plain", True, Skip(), (call,))
-        tensors = (state, None, None, None, None, None)
-    y, moments, carrier, *rest = SiteFunction.apply(node, *tensors, *params)
-    x = rest[0] if rest else None
-    if isinstance(state, Tensor) and not state.requires_grad:
-        x = handed(state, call.hand_stride)
-    return Pending(y, moments, carrier, call.relu), x
+        hands = join and state.requires_grad
+        node = NodeCall("plain", True, NO_SKIP, (call,), hands=hands)
+        made = SiteFunction.apply(node, state, None, None, None, None, None, *params)
+        x = handed(state, call.hand_stride) if join and not hands else None
+    if len(made) > 3:
+        x = made[3]
+    return Pending(made[0], made[1], made[2], call.relu), x
 
 
 def close(state: Tensor | Pending, engine: str, promote: bool = False) -> Tensor:
@@ -63,7 +67,7 @@ def hand_stride(link: Link, engine: str) -> int:
     Its gradient comes back as small as that. Only for engines whose kernels load such a view.
     """
     site = link.spec.shortcut.site
-    if site is None or site.bn is None or not hasattr(engines.get(engine), "site_forward"):
+    if site is None or site.bn is None or engine not in _STEPPING:
         return 1
     conv = child(link.block, site.conv)
     stepping = conv.kernel_size == _POINTWISE and conv.stride[0] == conv.stride[1]
@@ -71,11 +75,11 @@ def hand_stride(link: Link, engine: str) -> int:
 
 
 def _residual(
-    link: Link, engine: str, x: Tensor, hand_stride: int = 1
+    link: Link, engine: str, x: Tensor, step: int = 1
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The block's shortcut as the triple a close reads: tensor, and for a projection moments and carrier.
 
-    ``x`` is the block's input, every ``hand_stride``-th pixel of it.
+    ``x`` is the block's input, every ``step``-th pixel of it.
     """
     site = link.spec.shortcut.site
     if link.spec.shortcut.kind == "none":
@@ -85,25 +89,52 @@ def _residual(
     if site.bn is None:
         return plain_projection(link, site, x, engine), None, None
     call, params = bind(link.block, site, engine)
-    call = call._replace(projection=True)
-    if hand_stride > 1:
-        call = call._replace(stride=(1, 1))
+    call = call._replace(projection=True, stride=call.stride if step == 1 else (1, 1))
     branch, _ = _apply_site(x, call, params, False)
     return branch.y, branch.moments, branch.carrier
 
 
-def _run_link(link: Link, engine: str, state: Tensor | Pending, original: Tensor | None) -> Tensor | Pending:
-    """One block, a node per site. ``original``: the shortcut's input, where autocast's cast made another."""
+def _run_closed(link: Link, engine: str, state: Pending, x: Tensor | None, step: int) -> Tensor:
+    """The last site of a block and the block's end, whose shortcut reads ``x``, every ``step``-th pixel."""
     spec = link.spec
-    x: Tensor | None = None
+    residual: tuple[Tensor | None, ...] = (None, None, None) if x is None else _residual(link, engine, x, step)
+    call, params = bind(link.block, spec.sites[-1], engine)
+    relu = spec.sites[-1].relu if x is None else spec.relu
+    node = NodeCall("pending", state.relu, NO_SKIP, (call,), None, NO_SKIP if x is None else _skip(link), relu)
+    return ClosedSiteFunction.apply(node, *state[:3], *residual, *params)
+
+
+def _closes(link: Link) -> bool:
+    """Whether a block that ends its run may end it in its last site's node.
+
+    Its shortcut's batch norm then runs before the last site's: not where they are one module.
+    """
+    spec = link.spec
+    if len(spec.sites) == 1 or spec.pool is not None:
+        return False
+    shortcut = spec.shortcut.site
+    if shortcut is None:
+        return True
+    return shortcut.bn is not None and child(link.block, shortcut.bn) is not child(link.block, spec.sites[-1].bn or "")
+
+
+def _run_link(
+    link: Link, engine: str, state: Tensor | Pending, original: Tensor | None, last: bool = False
+) -> Tensor | Pending:
+    """One block, a node per site. ``original``: the shortcut's input, where autocast's cast made another.
+
+    ``last``: nothing follows, so that the block may end in its last site's node.
+    """
+    spec = link.spec
+    closing = last and original is None and _closes(link)
     stride = 1 if original is not None else hand_stride(link, engine)
-    for i, site in enumerate(spec.sites):
-        call, params = bind(link.block, site, engine)
-        if i == 0:
-            state, x = _apply_site(state, call._replace(hand_stride=stride), params, spec.shortcut.kind != "none")
-        else:
-            state, _ = _apply_site(state, call, params, False)
-    assert isinstance(state, Pending)
+    first, *others = spec.sites
+    call, params = bind(link.block, first, engine, stride)
+    state, x = _apply_site(state, call, params, spec.shortcut.kind != "none")
+    for site in others[:-1] if closing else others:
+        state, _ = _apply_site(state, *bind(link.block, site, engine), False)
+    if closing:
+        return _run_closed(link, engine, state, x, stride)
     if spec.pool is not None:
         window = (spec.pool.kernel, spec.pool.stride, spec.pool.padding)
         return PoolFunction.apply(engine, state.relu, window, state.y, state.moments, state.carrier)
@@ -133,7 +164,7 @@ def _run_recomputing(link: Link, engine: str, x: Tensor) -> Tensor:
     if link.memory == "lean":
         first = len(bound) - 1
         for i, (call, params) in enumerate(bound[:first]):
-            state, passed = _apply_site(state, call, params, False)
+            state, passed = _apply_site(state, call, params, i == 0)
             kept = passed if i == 0 else kept
     projection: SiteCall | None = None
     residual: tuple[Tensor | None, ...] = (None, None, None)
@@ -182,17 +213,19 @@ class Run:
 
     def takes(self, link: Link) -> bool:
         """Whether the block may run fused on this input; what stock modules reject is left to them."""
-        state, weight = self._state, child(link.block, link.spec.sites[0].conv).weight
-        x = state.y if isinstance(state, Pending) else state
-        if x.dim() != 4 or x.shape[1] != child(link.block, link.spec.sites[0].conv).in_channels:
+        conv = child(link.block, link.spec.sites[0].conv)
+        x, weight = self._state, weight_and_bias(conv)[0]
+        if isinstance(x, Pending):
+            x = x.y
+        if x.dim() != 4 or x.shape[1] != conv.in_channels or x.device != weight.device:
             return False
-        if not x.is_floating_point() or x.device != weight.device:
+        if not x.is_floating_point():
             return False
         wide = torch.float64 in (x.dtype, weight.dtype)
-        return x.dtype == weight.dtype or (_autocasts(x.device.type) and not wide)
+        return x.dtype == weight.dtype or (not wide and _autocasts(x.device.type))
 
-    def feed(self, link: Link) -> None:
-        """Run one block on the current state."""
+    def feed(self, link: Link, last: bool = False) -> None:
+        """Run one block on the current state; ``last`` where nothing will follow."""
         original: Tensor | None = None
         if isinstance(self._state, Tensor):
             original = self._enter(link, self._state)
@@ -201,7 +234,7 @@ class Run:
         elif recomputes(link) and original is None:
             self._state = _run_recomputing(link, self._engine, self._materialised())
         else:
-            self._state = _run_link(link, self._engine, self._state, original)
+            self._state = _run_link(link, self._engine, self._state, original, last)
         self._promote = not link.spec.inplace_add
         if original is not None:
             self._materialised()
@@ -218,13 +251,14 @@ class Run:
 
     def _enter(self, link: Link, x: Tensor) -> Tensor | None:
         """Bring a tensor into the chain's dtype and layout; returns it as it was if an add must promote."""
+        laid = _is_channels_last(x)
         if self._entering:
-            weight = child(link.block, link.spec.sites[0].conv).weight
-            self._channels_last = _is_channels_last(x) or _is_channels_last(weight)
+            self._channels_last = laid or _is_channels_last(child(link.block, link.spec.sites[0].conv).weight)
             self._entering = False
         dtype = _compute_dtype(x)
         self._engine = engines.select(x.device, dtype, link.engine)
-        self._state = x.to(dtype, memory_format=torch.channels_last)
+        if not laid or dtype != x.dtype:
+            self._state = x.to(dtype, memory_format=torch.channels_last)
         return x if x.dtype != dtype and not link.spec.inplace_add else None
 
     def _materialised(self) -> Tensor:

@@ -23,8 +23,12 @@ class Link(NamedTuple):
 
 def child(module: nn.Module, path: str) -> Any:
     """The submodule at ``path``, as `nn.Module.get_submodule` but without its checks and its type."""
+    found = module._modules.get(path)
+    if found is not None:
+        return found
     for name in path.split("."):
-        module = getattr(module, name)
+        found = module._modules.get(name)
+        module = getattr(module, name) if found is None else found
     return module
 
 
@@ -37,33 +41,50 @@ def conv_padding(conv: nn.Conv2d) -> tuple[int, int]:
     return conv.padding  # type: ignore[return-value]
 
 
-def bind(block: nn.Module, site: SiteSpec, engine: str) -> tuple[SiteCall, SiteParams]:
+# ``nn.Module.__getattr__`` comes after a failed look-up in the object; tensors are looked up where they are instead.
+
+
+def weight_and_bias(module: nn.Module) -> tuple[Any, Any]:
+    """``(module.weight, module.bias)``."""
+    own = module._parameters
+    if "weight" in own and "bias" in own:
+        return own["weight"], own["bias"]
+    return module.weight, module.bias
+
+
+def _buffer(module: nn.Module, name: str) -> Any:
+    own = module._buffers
+    return own[name] if name in own else getattr(module, name)
+
+
+def bind(block: nn.Module, site: SiteSpec, engine: str, hand_stride: int = 1) -> tuple[SiteCall, SiteParams]:
     """A site's static call and its tensors, read from the block's own modules at this moment."""
     conv = child(block, site.conv)
     bn = child(block, site.bn or "")
-    tracked = bn.running_mean is not None
+    mean = _buffer(bn, "running_mean")
+    padding = conv.padding if type(conv.padding) is tuple else conv_padding(conv)
+    tracked = mean is not None
     batch_norm = isinstance(bn, nn.modules.batchnorm._BatchNorm)
     training = batch_norm and (bn.training or not tracked)
     moving = not training or (bn.training and bn.track_running_stats and tracked)
     call = SiteCall(
         engine,
         conv.stride,
-        conv_padding(conv),
+        padding,
         conv.dilation,
         conv.groups,
         site.relu,
         training,
         bn.momentum if batch_norm else 0.0,
         bn.eps,
+        hand_stride,
     )
     params = SiteParams(
-        conv.weight,
-        conv.bias,
-        bn.weight,
-        bn.bias,
-        bn.running_mean if moving else None,
-        bn.running_var if moving else None,
-        bn.num_batches_tracked if training and moving else None,
+        *weight_and_bias(conv),
+        *weight_and_bias(bn),
+        mean if moving else None,
+        _buffer(bn, "running_var") if moving else None,
+        _buffer(bn, "num_batches_tracked") if training and moving else None,
     )
     return call, params
 

@@ -22,6 +22,7 @@ from .spec import ChainSpec
 
 BINDING = "_resnet_fused"
 NOTICE = "_resnet_fused_notice"
+_LAYERS = frozenset((nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Identity, nn.MaxPool2d, nn.Sequential))
 
 
 # per container: its path, the name and class (None: no module) of its children, whether these are all
@@ -56,13 +57,15 @@ def _class(module: nn.Module | None) -> type | None:
     return None if module is None else type(module)
 
 
-def _hooked(module: nn.Module) -> bool:
+def hooked(module: nn.Module) -> bool:
+    """Whether a module has hooks of its own."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
 
-def _global_hooks() -> bool:
+def hooked_globally() -> bool:
+    """Whether hooks are set on all modules at once."""
     shared = nn.modules.module
     return bool(
         shared._global_forward_hooks
@@ -87,10 +90,35 @@ def _runs_norm(module: nn.Module | None) -> bool:
     return kind is nn.BatchNorm2d
 
 
+def _unchanged(block: nn.Module, structure: Structure) -> bool:
+    """Whether a block is as it was and made of torch's own layers; what is not, `obstacle` looks at more closely."""
+    for prefix, children, complete in structure:
+        modules: dict[str, nn.Module | None] = (child(block, prefix) if prefix else block)._modules
+        if complete and len(modules) != len(children):
+            return False
+        for name, kind in children:
+            module = modules.get(name)
+            if module is None:
+                if kind is not None:
+                    return False
+            elif (
+                type(module) is not kind
+                or kind not in _LAYERS
+                or module._forward_hooks
+                or module._forward_pre_hooks
+                or module._backward_hooks
+                or module._backward_pre_hooks
+            ):
+                return False
+    return not hooked_globally()
+
+
 def obstacle(block: nn.Module, binding: Binding) -> str | None:
     """Why a fused block must run as it was written at this moment, or None."""
     if binding.spec is None:
         return "it has no chain"
+    if _unchanged(block, binding.structure):
+        return None
     norms = {site.bn for site in binding.spec.site_specs()}
     for prefix, children, complete in binding.structure:
         modules = (child(block, prefix) if prefix else block)._modules
@@ -105,9 +133,9 @@ def obstacle(block: nn.Module, binding: Binding) -> str | None:
                     return f"{path} is a {type(module).__name__}, which the chain does not run"
             elif _class(module) is not kind:
                 return f"{path} is now a {type(module).__name__}; call fuse again"
-            if module is not None and _hooked(module):
+            if module is not None and hooked(module):
                 return f"hook on {path}"
-    return "global module hook" if _global_hooks() else None
+    return "global module hook" if hooked_globally() else None
 
 
 class Fused:
@@ -132,7 +160,7 @@ class FusedBlock(Fused):
     def as_link(self) -> Link | None:
         """This block as a link of a longer chain, or None where it must be called instead."""
         binding: Binding | None = self.__dict__.get(BINDING)
-        if binding is None or binding.spec is None or _hooked(self):  # type: ignore[arg-type]
+        if binding is None or binding.spec is None or hooked(self):  # type: ignore[arg-type]
             return None
         if type(self).forward is not FusedBlock.forward or "forward" in self.__dict__:
             return None
@@ -143,22 +171,17 @@ class FusedBlock(Fused):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The stock forward's result, by the chain where it can run and by the stock forward elsewhere."""
         binding: Binding | None = self.__dict__.get(BINDING)
-        if (
-            binding is not None
-            and binding.spec is not None
-            and len(args) == 1
-            and not kwargs
-            and not _bypassed(args[0])
-        ):
-            reason = obstacle(self, binding)  # type: ignore[arg-type]
-            if reason is None:
-                run = Run(args[0])
-                link = Link(self, binding.spec, binding.memory, binding.engine)  # type: ignore[arg-type]
-                if run.takes(link):
-                    run.feed(link)
-                    return run.finish()
-            else:
-                _notice(self, reason)
+        if binding is None or binding.spec is None or len(args) != 1 or kwargs or _bypassed(args[0]):
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        reason = obstacle(self, binding)  # type: ignore[arg-type]
+        if reason is None:
+            run = Run(args[0])
+            link = Link(self, *binding[:3])  # type: ignore[arg-type]
+            if run.takes(link):
+                run.feed(link, last=True)
+                return run.finish()
+        else:
+            _notice(self, reason)
         return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
@@ -193,7 +216,7 @@ class FusedTrunk(Fused):
             yield from (getattr(self, name) for name in STEM)
         for name in stage_names(self):  # type: ignore[arg-type]
             stage = getattr(self, name)
-            if isinstance(stage, FusedStage) and not _hooked(stage):  # type: ignore[arg-type]
+            if isinstance(stage, FusedStage) and not hooked(stage):  # type: ignore[arg-type]
                 yield from stage  # type: ignore[misc]
             else:
                 yield stage

@@ -12,6 +12,8 @@ The rule that keeps it right: a pending activation has exactly one consumer, and
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,8 +21,19 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import engines
-from .calls import SiteCall, SiteGrads, SiteParams, Skip, Source, handed
+from .calls import NO_SKIP, SiteCall, SiteGrads, SiteParams, Skip, Source, handed
 from .site import close_backward, load_source, site_backward, site_forward
+
+
+def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """`once_differentiable`, at no cost to a backward that nobody differentiates: the engine has no grad mode there."""
+    guarded = once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *grads: Tensor | None) -> Any:
+        return guarded(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
+
+    return run
 
 
 class Pending(NamedTuple):
@@ -30,7 +43,7 @@ class Pending(NamedTuple):
     moments: Tensor
     carrier: Tensor
     relu: bool
-    skip: Skip = Skip()
+    skip: Skip = NO_SKIP
     residual: Tensor | None = None
     residual_moments: Tensor | None = None
     residual_carrier: Tensor | None = None
@@ -44,15 +57,16 @@ class NodeCall(NamedTuple):
     source_skip: Skip
     sites: tuple[SiteCall, ...]
     projection: SiteCall | None = None
-    skip: Skip = Skip()  # of the close, in a recomputing node
+    skip: Skip = NO_SKIP  # of the close, in a recomputing node
     relu: bool = True
+    hands: bool = True  # whether a plain source is handed on, for the block's shortcut
 
 
 def site_gradients(
     call: SiteCall,
     source: Source,
     x: Tensor | None,
-    params: tuple[Tensor | None, ...],
+    params: Sequence[Tensor | None],
     y: Tensor,
     moments: Tensor,
     g: Tensor,
@@ -66,18 +80,27 @@ def site_gradients(
 
     A convolution bias before batch statistics has gradient exactly zero, but for a NaN or Inf on its way.
     """
-    weight, bias, gamma, beta = params
-    if weight is None:
-        raise ValueError("site_gradients: params: expected a convolution weight, got None")
-    grads = site_backward(call, source, x, weight, y, moments, g, sums, dskip, (need_source, needs[0]), mask)
+    grads = site_backward(call, source, x, params, y, moments, g, sums, dskip, (need_source, needs[0]), mask)
+    vectors = grads.conv_bias, grads.gamma, grads.beta
+    if grads.beta is None:
+        vectors = _vector_gradients(call, params, moments, sums, needs)
+    return grads, (grads.weight, *vectors, None, None, None)
+
+
+def _vector_gradients(
+    call: SiteCall, params: Sequence[Tensor | None], moments: Tensor, sums: Tensor, needs: tuple[bool, ...]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of the convolution's bias and of the batch norm's affine, where they are wanted."""
+    _, bias, gamma, beta = params
+    sum_g, sum_gx = sums.unbind()
     dbias = dgamma = dbeta = None
     if needs[1] and bias is not None:
-        dbias = ((sums[0] + sums[1]) * 0 if call.training else moments[2] * sums[0]).to(bias.dtype)
+        dbias = ((sum_g + sum_gx) * 0 if call.training else moments[2] * sum_g).to(bias.dtype)
     if needs[2] and gamma is not None:
-        dgamma = sums[1].to(gamma.dtype)
+        dgamma = sum_gx if gamma.dtype == sum_gx.dtype else sum_gx.to(gamma.dtype)
     if needs[3] and beta is not None:
-        dbeta = sums[0].to(beta.dtype)
-    return grads, (grads.weight, dbias, dgamma, dbeta, None, None, None)
+        dbeta = sum_g if beta.dtype == sum_g.dtype else sum_g.to(beta.dtype)
+    return dbias, dgamma, dbeta
 
 
 class SiteFunction(torch.autograd.Function):
@@ -98,36 +121,33 @@ class SiteFunction(torch.autograd.Function):
         residual_carrier: Tensor | None,
         *params: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        site = call.sites[0]
-        p = SiteParams(*params)  # type: ignore[arg-type]
-        source = Source(call.kind, src, src_moments, call.source_relu, call.source_skip, residual, residual_moments)
-        y, moments, x, mask = site_forward(site, source, p)
-        keep_residual = residual_moments is not None or call.source_skip.kind == "pad"
+        kind, source_relu, source_skip, (site, *_) = call[:4]
+        source = Source(kind, src, src_moments, source_relu, source_skip, residual, residual_moments)
+        y, moments, x, mask, carrier = site_forward(site, source, SiteParams(*params))  # type: ignore[arg-type]
+        keep_residual = residual_moments is not None or source_skip.kind == "pad"
         ctx.call = call
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
             src,
             src_moments,
-            x if call.kind == "join" else None,
+            x if kind == "join" else None,
             residual if keep_residual else None,
             residual_moments,
-            p.weight,
-            p.conv_bias,
-            p.gamma,
-            p.beta,
+            *params[:4],
             y,
             moments,
             mask,
         )
         ctx.mark_non_differentiable(moments)
-        carrier = moments.new_empty((2, moments.shape[1]))
-        if call.kind == "pending":
+        if carrier is None:
+            carrier = moments.new_empty((2, moments.shape[1]))
+        if kind == "pending" or not (call.hands or kind == "join"):
             return y, moments, carrier
         passed = handed(src if x is None else x, site.hand_stride)
         return y, moments, carrier, passed.view_as(passed) if passed is src else passed
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, g: Tensor, _: Tensor | None, sums: Tensor, dskip: Tensor | None = None) -> tuple[Any, ...]:
         src, src_moments, x, residual, residual_moments, *params, y, moments, mask = ctx.saved_tensors
         call: NodeCall = ctx.call
@@ -136,7 +156,7 @@ class SiteFunction(torch.autograd.Function):
         x = src if call.kind == "plain" else x
         need_source = needs[1] or needs[4]
         grads, own = site_gradients(
-            call.sites[0], source, x, tuple(params), y, moments, g, sums, dskip, need_source, needs[7:], mask
+            call.sites[0], source, x, params, y, moments, g, sums, dskip, need_source, needs[7:], mask
         )
         return None, grads.source, None, grads.source_sums, grads.residual, None, grads.residual_sums, *own
 
@@ -176,7 +196,7 @@ class CloseFunction(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
         engine, relu, skip, wide = ctx.static
         y, moments, out, residual, residual_moments = ctx.saved_tensors
@@ -206,7 +226,7 @@ class PoolFunction(torch.autograd.Function):
         return engines.get(engine).pool_apply(y, moments, *window, relu)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
         engine, relu, window = ctx.static
         y, moments = ctx.saved_tensors

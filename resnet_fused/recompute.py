@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .calls import SiteParams, Source
-from .nodes import NodeCall, site_gradients
+from .nodes import NodeCall, first_order, site_gradients
 from .site import close_backward, load_source, site_forward, site_rebuild
 
 PARAMS = len(SiteParams._fields)
@@ -69,7 +68,7 @@ class RecomputeFunction(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
         call: NodeCall = ctx.call
         src, src_moments, residual, residual_moments, out, padded, *rest = ctx.saved_tensors

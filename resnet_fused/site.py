@@ -1,8 +1,9 @@
 """Forward and backward of one site, and of a chain's close, as plain functions over an engine's name.
 
-An engine that runs a whole site itself, convolution included, has `site_forward`, `site_rebuild` and
-`site_backward`; the Triton engine does. For the others `engines.library` puts the site together from the vendor's
-convolution and the engine's primitives. A block's shortcut goes to the projection ops where they run (`projected`).
+The Triton engine runs a whole site itself, convolution included: `site_forward`, `site_rebuild`, `site_backward`.
+The CPU engine's sites are `engines.cpu_site`. For the reference engine `engines.library` puts the site together from
+the vendor's convolution and the engine's primitives. A block's shortcut goes to the projection ops where they run
+(`projected`).
 
 Nothing here knows autograd or modules: the nodes of `resnet_fused.nodes` call these functions, in the
 forward, in the backward, and to rebuild what a memory mode did not keep.
@@ -11,14 +12,14 @@ forward, in the backward, and to rebuild what a memory mode did not keep.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from . import engines, projected
 from .calls import SiteCall, SiteGrads, SiteOutputs, SiteParams, Source
-from .engines import library
+from .engines import cpu_site, library
 
 _watcher: Callable[..., Any] | None = None
 
@@ -53,8 +54,10 @@ def site_forward(call: SiteCall, source: Source, params: SiteParams) -> SiteOutp
     if _watcher is not None:
         _watcher("forward", call, source, params)
     engine = engines.get(call.engine)
-    if projected.runs(call, source, params.weight):
+    if call.projection and projected.runs(call, source, params.weight):
         return projected.site_forward(engine, call, source, params)
+    if call.engine == "cpu":
+        return cpu_site.site_forward(engine, call, source, params)
     if hasattr(engine, "site_forward"):
         return engine.site_forward(call, source, params)
     return library.site_forward(engine, call, source, params)
@@ -63,8 +66,10 @@ def site_forward(call: SiteCall, source: Source, params: SiteParams) -> SiteOutp
 def site_rebuild(call: SiteCall, source: Source, weight: Tensor) -> Tensor:
     """The raw output ``y`` of `site_forward`, made again in the same way."""
     engine = engines.get(call.engine)
-    if projected.runs(call, source, weight):
+    if call.projection and projected.runs(call, source, weight):
         return projected.site_rebuild(call, source, weight)
+    if call.engine == "cpu":
+        return cpu_site.site_rebuild(engine, call, source, weight)
     if hasattr(engine, "site_rebuild"):
         return engine.site_rebuild(call, source, weight)
     return library.site_rebuild(engine, call, source, weight)
@@ -74,7 +79,7 @@ def site_backward(
     call: SiteCall,
     source: Source,
     x: Tensor | None,
-    weight: Tensor,
+    params: Sequence[Tensor | None],
     y: Tensor,
     moments: Tensor,
     g: Tensor,
@@ -83,14 +88,25 @@ def site_backward(
     needs: tuple[bool, bool],
     mask: Tensor | None = None,
 ) -> SiteGrads:
-    """Backward of `site_forward`, given its ``mask``. See `library.site_backward`."""
-    if not any(needs):
+    """Backward of `site_forward`, given its ``mask`` and the first four of its `SiteParams`.
+
+    See `library.site_backward`.
+
+    Raises:
+        ValueError: ``params`` has no weight.
+    """
+    weight = params[0]
+    if weight is None:
+        raise ValueError("site_backward: params: expected a convolution weight, got None")
+    if not (needs[0] or needs[1]):
         return SiteGrads()
     if _watcher is not None:
         _watcher("backward", call, source, x, weight, y, moments, g, sums, dskip, needs, mask)
     engine = engines.get(call.engine)
-    if projected.runs(call, source, weight):
+    if call.projection and projected.runs(call, source, weight):
         return projected.site_backward(call, source, weight, y, moments, g, sums, dskip, needs)
+    if call.engine == "cpu":
+        return cpu_site.site_backward(engine, call, source, x, params, y, moments, g, sums, dskip, needs)
     if hasattr(engine, "site_backward"):
         return engine.site_backward(call, source, x, weight, y, moments, g, sums, dskip, needs, mask)
     return library.site_backward(engine, call, source, x, weight, y, moments, g, sums, dskip, needs)

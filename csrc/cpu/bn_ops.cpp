@@ -7,6 +7,7 @@
 
 #include "moments.h"
 #include "pass.h"
+#include "primitives.h"
 
 namespace resnet_fused::cpu {
 namespace {
@@ -15,6 +16,8 @@ Tensor sums_of(Pass& pass, int sum_g, int sum_gd, const Tensor& moments) {
   return sums_table(moments, [&](int64_t c) { return pass.channel_sum(sum_g, c); },
                     [&](int64_t c) { return pass.channel_sum(sum_gd, c); });
 }
+
+} // namespace
 
 Tensor bn_stats(const Tensor& y_any) {
   const Checker check("bn_stats");
@@ -37,6 +40,8 @@ Tensor bn_stats(const Tensor& y_any) {
   }
   return partials;
 }
+
+namespace {
 
 // An option A shortcut, (N, c, P * stride, Q * stride) to be laid under channels [offset, offset + c).
 struct Padded {
@@ -97,6 +102,8 @@ bool same_shape(const Tensor& a, const Tensor& b) {
   return same;
 }
 
+} // namespace
+
 Tensor bn_apply(const Tensor& y_any, const Tensor& moments, const OptionalTensor& residual_any,
                 const OptionalTensor& residual_moments, int64_t residual_stride, int64_t channel_offset, bool relu) {
   const Checker check("bn_apply");
@@ -133,6 +140,8 @@ Tensor bn_apply(const Tensor& y_any, const Tensor& moments, const OptionalTensor
   return out;
 }
 
+namespace {
+
 Tensor reduce(const char* op, const Tensor& dout_any, const Tensor& y_any, const Tensor& moments, bool relu,
               Tensor* rebuilt) {
   const Checker check(op);
@@ -151,6 +160,8 @@ Tensor reduce(const char* op, const Tensor& dout_any, const Tensor& y_any, const
   pass.run(pass.isa.bwd_reduce);
   return sums_of(pass, 0, 1, moments);
 }
+
+} // namespace
 
 Tensor bn_bwd_reduce(const Tensor& dout, const Tensor& y, const Tensor& moments, bool relu) {
   return reduce("bn_bwd_reduce", dout, y, moments, relu, nullptr);
@@ -220,8 +231,6 @@ Tensor bn_bwd_apply(const Tensor& g_any, const Tensor& y_any, const Tensor& mome
   pass.run(pass.isa.bwd_apply);
   return dy;
 }
-
-} // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(resnet_fused, CPU, m) {
   m.impl("bn_stats", TORCH_BOX(&bn_stats));

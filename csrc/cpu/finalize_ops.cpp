@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "host.h"
+#include "primitives.h"
 
 namespace resnet_fused::cpu {
 namespace {
@@ -117,6 +118,8 @@ void check_partials(const Checker& check, const Tensor& partials) {
   }
 }
 
+} // namespace
+
 Tensor bn_finalize(const Tensor& partials_any, const OptionalTensor& weight, const OptionalTensor& bias,
                    const OptionalTensor& conv_bias, const OptionalTensor& running_mean,
                    const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
@@ -192,8 +195,6 @@ Tensor bn_bwd_finalize(const Tensor& sums_any, const Tensor& moments_any, bool t
   }
   return coef;
 }
-
-} // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(resnet_fused, CPU, m) {
   m.impl("bn_finalize", TORCH_BOX(&bn_finalize));

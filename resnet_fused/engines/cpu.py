@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resnet_fused.engines import cpu_site
 from resnet_fused.reference import Pair, conv_bwd, conv_fwd, opmath
 
 __all__ = [
@@ -95,6 +96,7 @@ def load() -> str | None:
     for name in _OPS:
         globals()[f"_{name}"] = getattr(torch.ops.resnet_fused, name).default
     _register_fakes()
+    cpu_site.register()
     return None
 
 

@@ -94,8 +94,13 @@ def site_forward(engine: ModuleType, call: SiteCall, source: Source, params: Sit
 
 def like_parameter(grad: Tensor, weight: Tensor) -> Tensor:
     """``grad`` in the parameter's dtype and exact strides, as DDP's buckets and optimizers expect."""
-    if grad.dtype == weight.dtype and grad.stride() == weight.stride():
-        return grad
+    strides = weight.stride()
+    if grad.dtype == weight.dtype:
+        if grad.stride() == strides:
+            return grad
+        # the filters of a 1x1 convolution lie the same under several strides
+        if weight.shape[2:] == (1, 1) and grad.stride()[:2] == strides[:2]:
+            return grad.as_strided(weight.shape, strides)
     return torch.empty_like(weight).copy_(grad)
 
 

@@ -80,7 +80,7 @@ def _nothing(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 def _site_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     call, source, rest = _site(arguments)
-    y, moments, x, mask = triton_site.site_forward(call, source, SiteParams(*rest))
+    y, moments, x, mask, _ = triton_site.site_forward(call, source, SiteParams(*rest))
     return y, moments, _nothing(y) if x is None else x, _nothing(y, torch.uint8) if mask is None else mask
 
 
