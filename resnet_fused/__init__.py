@@ -9,6 +9,7 @@ from .blocks import BasicBlock, Bottleneck, ConvBNReLU, PlainBlock, Stem
 from .checking import check
 from .explain import explain
 from .fuse import fuse, fused, unfuse
+from .graphs import graphed
 from .resnet import (
     cifar_resnet,
     from_stages,
@@ -42,6 +43,7 @@ __all__ = [
     "from_stages",
     "fuse",
     "fused",
+    "graphed",
     "plain",
     "resnet",
     "resnet18",
