@@ -22,6 +22,12 @@ namespace {
 
 #include "pool_kernels.h"
 
+#include "gemm_micro.h"
+
+#include "gemm_pack.h"
+
+#include "gemm.h"
+
 #include "projection_kernels.h"
 
 // In the order of DType.
@@ -38,10 +44,9 @@ constexpr Kernels kTable = {
     RESNET_FUSED_EACH_DTYPE(bwd_apply),
     RESNET_FUSED_EACH_DTYPE(pool_apply),
     RESNET_FUSED_EACH_DTYPE(pool_bwd),
-    RESNET_FUSED_EACH_DTYPE(projection_gather),
-    RESNET_FUSED_EACH_DTYPE(projection_gradient),
-    RESNET_FUSED_EACH_DTYPE(projection_finish),
-    RESNET_FUSED_EACH_DTYPE(projection_scatter),
+    RESNET_FUSED_EACH_DTYPE(projection_fwd),
+    RESNET_FUSED_EACH_DTYPE(projection_dgrad),
+    RESNET_FUSED_EACH_DTYPE(projection_wgrad),
 };
 
 } // namespace

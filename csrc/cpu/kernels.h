@@ -66,31 +66,50 @@ using PoolBwdKernel =
 // How dy comes from g: as it is, by a factor (running statistics), or by the backward of batch statistics.
 enum Prologue : int { kPlain = 0, kScaled = 1, kBatchStatistics = 2 };
 
-// Operands of the projection's kernels. `product` is a block of rows in opmath, the first one being `begin`.
+// Operands of the projection's kernels.
 struct ProjectionArgs {
-  const void* source = nullptr;    // x, or g
+  const void* x = nullptr;
+  const void* weight = nullptr;    // (K, C)
+  const void* g = nullptr;
   const void* y = nullptr;
   const void* add = nullptr;       // laid out as result
-  void* product = nullptr;
   void* result = nullptr;
-  const void* constants = nullptr; // planes of `plane` per-channel values, in opmath
+  void* partials = nullptr;        // (tiles, 3, K) in opmath, or null
+  const void* constants = nullptr; // planes of `plane` per-channel values of K, in opmath
   int64_t plane = 0;
-  int64_t channels = 0;            // of a row of product
+  int64_t batch = 0;
+  int64_t channels = 0;            // C
+  int64_t outputs = 0;             // K
   int64_t in[2] = {1, 1};          // H, W
   int64_t out[2] = {1, 1};         // P, Q
   int64_t stride[2] = {1, 1};
   int prologue = kPlain;
+  bool plain = false;              // the product itself is stored
   bool has_affine = false;
   bool has_add_affine = false;
   bool relu = false;
+  bool streamed = false;           // result is stored past the caches
+  // Mean and M2 of one channel of `rows` rows, `pitch` elements apart, one of whose values is not finite.
+  void (*plain_moments)(DType, const void*, int64_t rows, int64_t pitch, double* mean, double* m2) = nullptr;
 };
+
+// What one call computes: rows of the flattened (N, P, Q) times channels of the result's first matrix dimension.
+struct ProjectionTask {
+  int64_t rows[2] = {0, 0};
+  int64_t channels[2] = {0, 0};    // of K, dgrad: of C
+  void* result = nullptr;          // wgrad: (K, C) in opmath, the channels of it are written
+  double* sums = nullptr;          // wgrad: `plane` doubles for the sums of dy, or null
+  void* workspace = nullptr;       // kWorkspaceBytes, aligned to a cache line
+};
+constexpr int64_t kWorkspaceBytes = 1472 * 1024;
+constexpr int64_t kTileRows = 128; // of a tile of statistics
 
 // Planes of ProjectionArgs::constants: of the epilogue, and of the prologue.
 enum ProjectionPlane : int { kBias, kOwnMean, kOwnScale, kOwnShift, kAddMean, kAddScale, kAddShift, kEpiloguePlanes };
 enum GradientPlane : int { kFactorG, kFactorY, kMeanY, kConstant, kProloguePlanes };
 
-// Rows [begin, end) of the flattened (N, P, Q); acc: `plane` doubles for the sums of dy, or null.
-using ProjectionKernel = void (*)(const ProjectionArgs&, int64_t begin, int64_t end, double* acc);
+// fwd: rows in whole tiles of statistics, where they are wanted.
+using ProjectionKernel = void (*)(const ProjectionArgs&, const ProjectionTask&);
 
 struct Kernels {
   const char* isa;
@@ -102,10 +121,9 @@ struct Kernels {
   BnKernel bwd_apply[kDTypes];
   PoolKernel pool_apply[kDTypes];
   PoolBwdKernel pool_bwd[kDTypes];
-  ProjectionKernel projection_gather[kDTypes];   // x at the positions read -> product
-  ProjectionKernel projection_gradient[kDTypes]; // g, y -> dy as product
-  ProjectionKernel projection_finish[kDTypes];   // product -> out
-  ProjectionKernel projection_scatter[kDTypes];  // product -> dx, all positions that the rows own
+  ProjectionKernel projection_fwd[kDTypes];
+  ProjectionKernel projection_dgrad[kDTypes];
+  ProjectionKernel projection_wgrad[kDTypes];
 };
 
 namespace baseline {

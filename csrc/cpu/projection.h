@@ -1,81 +1,100 @@
-// Blocks of rows of a projection, and the matrix products over them.
+// The arguments of the projection's kernels, and how threads share its matrix products.
 #pragma once
 
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
-#include <torch/csrc/stable/device.h>
-
+#include <cmath>
+#include <cstdlib>
 #include <memory>
+#include <new>
 
 #include "../projection_checks.h"
 #include "host.h"
+#include "moments.h"
 
 namespace resnet_fused::cpu {
 
-constexpr int64_t kTileRows = 128;
-
-// A matrix on memory of someone else's, its rows `row` elements apart and its columns `column`.
-inline Tensor view(void* data, int64_t rows, int64_t columns, int64_t row, int64_t column, ScalarType dtype) {
-  const torch::stable::Device device(torch::headeronly::DeviceType::CPU);
-  return torch::stable::from_blob(data, {rows, columns}, {row, column}, device, dtype);
-}
-inline Tensor matrix(void* data, int64_t rows, int64_t columns, ScalarType dtype) {
-  return view(data, rows, columns, columns, 1, dtype);
-}
-// The transpose of matrix(data, rows, columns).
-inline Tensor transposed(void* data, int64_t rows, int64_t columns, ScalarType dtype) {
-  return view(data, columns, rows, 1, columns, dtype);
-}
-
-// out = a * b, or out += a * b.
-inline void multiply(const Tensor& out, const Tensor& a, const Tensor& b, bool accumulate = false) {
-  if (accumulate) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0));
-  } else {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
+// The packed blocks of one thread, kept for its next call.
+inline void* workspace() {
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  thread_local std::unique_ptr<void, Free> memory;
+  if (memory == nullptr) {
+    memory.reset(std::aligned_alloc(4096, kWorkspaceBytes));
+    if (memory == nullptr) throw std::bad_alloc();
   }
+  return memory.get();
 }
 
-// Scratch rows of one thread, in opmath.
-class Scratch {
+// Kernel arguments, and the constants of K channels that they point to.
+class ProjectionCall {
  public:
-  explicit Scratch(int64_t element) : element_(element) {}
-
-  void* get(int which, int64_t rows, int64_t columns) {
-    const auto bytes = static_cast<size_t>(rows * columns * element_);
-    if (bytes_[which] < bytes) {
-      memory_[which].reset(new char[bytes]);
-      bytes_[which] = bytes;
-    }
-    return memory_[which].get();
-  }
-
- private:
-  int64_t element_;
-  std::unique_ptr<char[]> memory_[2];
-  size_t bytes_[2] = {0, 0};
-};
-
-// One operand of a projection with `columns` channels: its kernel arguments and per-channel constants.
-class Block {
- public:
-  Block(const Tensor& t, const ProjectionSizes& s, int64_t columns, int planes)
-      : isa(kernels()),
-        dtype(dtype_of(t)),
-        element(t.element_size()),
-        is_wide(t.scalar_type() == opmath(t.scalar_type())) {
-    const int64_t lanes = isa.vector_bytes / opmath_bytes();
-    args.channels = columns;
-    args.plane = (columns + lanes - 1) / lanes * lanes;
-    constants_.resize(planes * args.plane * opmath_bytes());
+  ProjectionCall(const Tensor& t, const ProjectionSizes& s, int planes)
+      : isa(kernels()), dtype(dtype_of(t)), element_(dtype == kFloat64 ? 8 : 4) {
+    const int64_t lanes = isa.vector_bytes / element_;
+    args.plane = (s.K + lanes - 1) / lanes * lanes;
+    constants_.resize((planes * args.plane + lanes) * element_); // a vector may begin at any channel
     args.constants = constants_.data();
+    args.batch = s.N;
+    args.channels = s.C;
+    args.outputs = s.K;
     args.in[0] = s.H;
     args.in[1] = s.W;
     args.out[0] = s.P;
     args.out[1] = s.Q;
     args.stride[0] = s.stride[0];
     args.stride[1] = s.stride[1];
+    args.plain_moments = plain_moments;
   }
 
+  // Planes [first, ...) from rows of a table (R, K); left zero without one.
+  void fill(int first, const OptionalTensor& table, std::initializer_list<int> rows) {
+    if (!table.has_value()) return;
+    const Tensor dense_table = contiguous_table(*table);
+    const Table in(dense_table);
+    for (const int row : rows) {
+      for (int64_t k = 0; k < in.channels(); ++k) set_constant(first, k, in.get(row, k));
+      ++first;
+    }
+  }
+
+  void fill_bias(const OptionalTensor& bias, ScalarType wide) {
+    if (!bias.has_value()) return;
+    const Tensor converted = torch::stable::contiguous(torch::stable::to(*bias, wide));
+    const Table in(converted);
+    for (int64_t k = 0; k < in.channels(); ++k) set_constant(kBias, k, in.get(0, k));
+  }
+
+  // Coefficients of dy = a * g + b * (y - mean) + c, or of dy = a * g.
+  void fill_gradient(const OptionalTensor& moments, const OptionalTensor& sums) {
+    args.prologue = !moments.has_value() ? kPlain : !sums.has_value() ? kScaled : kBatchStatistics;
+    if (args.prologue == kPlain) return;
+    const Tensor dense_moments = contiguous_table(*moments);
+    const Table m(dense_moments);
+    for (int64_t k = 0; k < m.channels(); ++k) set_constant(kFactorG, k, m.get(2, k));
+    if (args.prologue == kScaled) return;
+    const Tensor dense_sums = contiguous_table(*sums);
+    const Table s(dense_sums);
+    for (int64_t k = 0; k < m.channels(); ++k) {
+      const double scale = m.get(2, k), inverse = m.get(4, k);
+      set_constant(kFactorY, k, -scale * m.get(1, k) * s.get(1, k) * inverse);
+      set_constant(kMeanY, k, m.get(0, k));
+      set_constant(kConstant, k, -scale * s.get(0, k) * inverse);
+    }
+  }
+
+  // What is written, and whether past the caches: where it is more than they hold, and its vectors are aligned.
+  void set_result(const Tensor& t, int64_t channels) {
+    constexpr int64_t kCached = 8 << 20, kLine = 64;
+    args.result = t.mutable_data_ptr();
+    const int64_t bytes = t.numel() * t.element_size(), row = channels * t.element_size();
+    args.streamed = bytes > kCached && row % kLine == 0 && reinterpret_cast<uintptr_t>(args.result) % kLine == 0;
+  }
+
+  const Kernels& isa;
+  const DType dtype;
+  ProjectionArgs args;
+
+ private:
   void set_constant(int plane, int64_t channel, double value) {
     const int64_t i = plane * args.plane + channel;
     if (dtype == kFloat64) {
@@ -85,93 +104,96 @@ class Block {
     }
   }
 
-  // Row `index` of the tensor as a matrix.
-  void* row(const Tensor& t, int64_t index) const {
-    return static_cast<char*>(t.mutable_data_ptr()) + index * args.channels * element;
-  }
-
-  // The tensor is what the kernel reads (gather, gradient) or writes (finish, scatter).
-  void run(const ProjectionKernel* kernel, const Tensor& t, void* product, int64_t begin, int64_t end,
-           double* acc = nullptr) const {
-    ProjectionArgs own = args;
-    own.source = own.result = t.mutable_data_ptr();
-    own.product = product;
-    kernel[dtype](own, begin, end, acc);
-  }
-
-  const Kernels& isa;
-  const DType dtype;
-  const int64_t element;
-  const bool is_wide; // stored in opmath: products may be written in place
-  ProjectionArgs args;
-
- private:
-  int64_t opmath_bytes() const { return dtype == kFloat64 ? 8 : 4; }
-
+  int64_t element_;
   std::vector<char> constants_;
 };
 
-// The weight in opmath: itself, or a converted copy.
-class Weight {
- public:
-  Weight(const Tensor& weight, const ProjectionSizes& s)
-      : K_(s.K), C_(s.C), wide_(opmath(weight.scalar_type())), held_(weight) {
-    if (weight.scalar_type() != wide_) held_ = torch::stable::to(weight, wide_);
-  }
-  Tensor plain() const { return matrix(held_.mutable_data_ptr(), K_, C_, wide_); }
-  Tensor transposed() const { return cpu::transposed(held_.mutable_data_ptr(), K_, C_, wide_); }
+// One dimension of a product, cut into `parts` of whole units.
+struct Cut {
+  int64_t length, unit, parts;
 
- private:
-  int64_t K_, C_;
-  ScalarType wide_;
-  Tensor held_;
+  int64_t units() const { return (length + unit - 1) / unit; }
+  int64_t begin(int64_t part) const { return std::min(length, units() * part / parts * unit); }
+  int64_t longest() const { return std::min(length, (units() + parts - 1) / parts * unit); }
 };
 
-// Rows of a block: whole tiles of statistics, and few enough for both of its matrices to stay in cache.
-inline int64_t block_rows(const ProjectionSizes& s) {
-  constexpr int64_t kCacheElements = 128 * 1024, kMost = 1024;
-  return std::clamp(kCacheElements / (s.C + s.K) / kTileRows * kTileRows, kTileRows, kMost);
+struct Shares {
+  Cut rows, channels;
+
+  int64_t count() const { return rows.parts * channels.parts; }
+
+  // Calls run(task) for every part, in parallel; a part is a row part and a channel part of it.
+  template <class Run>
+  void for_each(const Run& run) const {
+    for_parts(count(), count(), [&](int64_t part, int64_t, int64_t) {
+      const int64_t r = part / channels.parts, c = part % channels.parts;
+      ProjectionTask task;
+      task.rows[0] = rows.begin(r);
+      task.rows[1] = rows.begin(r + 1);
+      task.channels[0] = channels.begin(c);
+      task.channels[1] = channels.begin(c + 1);
+      task.workspace = workspace();
+      run(task, r);
+    });
+  }
+};
+
+// The cheapest shares for `threads`: cost(shares) of their slowest, in multiply-adds.
+template <class Cost>
+Shares shares_of(Cut rows, Cut channels, int64_t multiply_adds, const Cost& cost) {
+  constexpr int64_t kLeast = 1 << 18; // for a second thread to bring something
+  const int64_t most = std::max<int64_t>(1, multiply_adds / kLeast);
+  const int64_t threads = std::min(torch::stable::get_num_threads() + int64_t{0}, most);
+  Shares best{rows, channels};
+  double least = -1;
+  for (int64_t parts = 1; parts <= threads; ++parts) {
+    Shares s{rows, channels};
+    s.channels.parts = std::max<int64_t>(1, std::min(parts, channels.units()));
+    s.rows.parts = std::max<int64_t>(1, std::min(threads / parts, rows.units()));
+    const double own = cost(s);
+    if (least >= 0 && own >= least) continue;
+    least = own;
+    best = s;
+  }
+  return best;
 }
 
-// Calls run(begin, end, scratch) for every block of rows, in parallel.
-template <class Run>
-void for_blocks(const ProjectionSizes& s, const Run& run) {
-  const int64_t rows = s.rows(), block = block_rows(s), blocks = (rows + block - 1) / block;
-  torch::stable::parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
-    Scratch scratch(sizeof(double));
-    for (int64_t i = first; i < last; ++i) run(i * block, std::min(rows, (i + 1) * block), scratch);
+// Of the forward and of dgrad: every channel part reads all of its rows, every row part all of its channels' weight.
+inline Shares product_shares(const ProjectionSizes& s, int64_t channels, int64_t row_unit) {
+  constexpr int64_t kChannels = 64;
+  return shares_of({s.rows(), row_unit, 1}, {channels, kChannels, 1}, s.rows() * s.C * s.K, [](const Shares& shares) {
+    const auto rows = static_cast<double>(shares.rows.longest()), own = static_cast<double>(shares.channels.longest());
+    constexpr double kRow = 20, kChannel = 10; // multiply-adds that reading and packing one element cost
+    return rows * own + rows * kRow + own * kChannel;
   });
 }
 
-// Partial sums of dweight and dbias, one for each thread, added in their order.
+// Of wgrad: row parts sum into a dweight each.
+inline Shares weight_shares(const ProjectionSizes& s) {
+  constexpr int64_t kChannels = 16;
+  const auto C = static_cast<double>(s.C), weight = static_cast<double>(s.K) * C;
+  return shares_of({s.rows(), kTileRows, 1}, {s.K, kChannels, 1}, s.rows() * s.C * s.K, [=](const Shares& shares) {
+    const auto rows = static_cast<double>(shares.rows.longest()), own = static_cast<double>(shares.channels.longest());
+    constexpr double kX = 10, kDy = 20, kPart = 30;
+    const double parts = shares.rows.parts > 1 ? static_cast<double>(shares.rows.parts) : 0;
+    return rows * own * C + rows * (C * kX + own * kDy) + weight * kPart * parts / static_cast<double>(shares.count());
+  });
+}
+
+// Partial sums of dweight and dbias, one of each for each part of the rows, added in their order.
 class Parts {
  public:
-  // `plane`: doubles of the sums of a part, 0 where they are not wanted.
-  Parts(const ProjectionSizes& s, ScalarType wide, int64_t plane)
-      : s_(s), wide_(wide), plane_(plane), blocks_((s.rows() + block_rows(s) - 1) / block_rows(s)) {
-    const int64_t threads = torch::stable::get_num_threads();
-    count_ = std::max<int64_t>(1, std::min(threads, blocks_));
-    for (int64_t part = 0; part < count_; ++part) sums_.push_back(empty({s.K, s.C}, {s.C, 1}, wide));
-    if (blocks_ == 0) torch::stable::zero_(sums_[0]);
-    acc_.resize(count_ * plane);
+  Parts(const ProjectionSizes& s, int64_t count, ScalarType wide, int64_t plane) : s_(s), wide_(wide), plane_(plane) {
+    for (int64_t part = 0; part < count; ++part) sums_.push_back(empty({s.K, s.C}, {s.C, 1}, wide));
+    acc_.resize(count * plane);
   }
 
-  // Calls run(dw, acc, is_first, begin, end, scratch) for every block of rows; a part's blocks come in order.
-  template <class Run>
-  void for_blocks(const Run& run) {
-    const int64_t block = block_rows(s_);
-    for_parts(count_, blocks_, [&](int64_t part, int64_t first, int64_t last) {
-      Scratch scratch(sizeof(double));
-      for (int64_t i = first; i < last; ++i) {
-        double* acc = plane_ > 0 ? acc_.data() + part * plane_ : nullptr;
-        run(sums_[part], acc, i == first, i * block, std::min(s_.rows(), (i + 1) * block), scratch);
-      }
-    });
-  }
+  void* weight_of(int64_t part) const { return sums_[part].mutable_data_ptr(); }
+  double* bias_of(int64_t part) { return plane_ > 0 ? acc_.data() + part * plane_ : nullptr; }
 
   // (K, C, 1, 1) in `dtype`.
-  Tensor weight(ScalarType dtype) {
-    for (int64_t part = 1; part < count_; ++part) add(sums_[0], sums_[part]);
+  Tensor weight(ScalarType dtype) const {
+    for (size_t part = 1; part < sums_.size(); ++part) add(sums_[0], sums_[part]);
     const Tensor whole = torch::stable::view(sums_[0], {s_.K, s_.C, 1, 1});
     return dtype == wide_ ? whole : torch::stable::to(whole, dtype);
   }
@@ -182,7 +204,7 @@ class Parts {
     const Table table(sums);
     for (int64_t k = 0; k < s_.K && wanted; ++k) {
       double sum = 0;
-      for (int64_t part = 0; part < count_; ++part) sum += acc_[part * plane_ + k];
+      for (size_t part = 0; part < sums_.size(); ++part) sum += acc_[part * plane_ + k];
       table.set(0, k, sum);
     }
     return sums;
@@ -205,7 +227,7 @@ class Parts {
 
   ProjectionSizes s_;
   ScalarType wide_;
-  int64_t plane_, blocks_, count_ = 1;
+  int64_t plane_;
   std::vector<Tensor> sums_;
   std::vector<double> acc_;
 };

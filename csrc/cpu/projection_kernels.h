@@ -1,13 +1,5 @@
-// What surrounds the projection's matrix products, templates over the stored type A: gathering and converting
-// rows before them, writing rows after them. Included by kernels.cpp only.
-
-// Calls body(column, lanes) over `count` columns.
-template <class A, class Body>
-ALWAYS_INLINE void for_columns(int64_t count, const Body& body) {
-  int64_t j = 0;
-  for (; j + kLanes<A> <= count; j += kLanes<A>) body(j, AllLanes{});
-  if (j < count) body(j, SomeLanes{count - j});
-}
+// What the projection's matrix products read and write, templates over the stored type A: prologues that gather,
+// convert and differentiate, epilogues that normalise, scatter and reduce. Included by kernels.cpp only.
 
 // A row of the flattened (N, P, Q), and the positions of (N, H, W) that it owns: up to `stride` each way.
 struct OwnedPositions {
@@ -26,84 +18,314 @@ struct OwnedPositions {
   }
 };
 
+// x at the positions read.
 template <class A>
-void projection_gather(const ProjectionArgs& args, int64_t begin, int64_t end, double*) {
-  auto* product = static_cast<Opmath<A>*>(args.product);
-  for (int64_t row = begin; row < end; ++row, product += args.channels) {
+struct GatheredRows {
+  using Stored = A;
+  const ProjectionArgs& args;
+  const A* x;
+  int64_t elements, rows;
+  bool is_dense;
+
+  explicit GatheredRows(const ProjectionArgs& a)
+      : args(a),
+        x(static_cast<const A*>(a.x)),
+        elements(a.batch * a.in[0] * a.in[1] * a.channels),
+        rows(a.batch * a.out[0] * a.out[1]),
+        is_dense(a.stride[0] == 1 && a.stride[1] == 1) {}
+
+  int64_t offset(int64_t row) const {
+    if (is_dense) return row * args.channels;
     const OwnedPositions at(args, row);
-    const A* source = static_cast<const A*>(args.source) + at.offset(args, at.h, at.w);
-    for_columns<A>(args.channels, [&](int64_t j, auto lanes) { lanes.store(product + j, lanes.load(source + j)); });
+    return at.offset(args, at.h, at.w);
   }
-}
+  char column(int64_t) const { return 0; }
+  template <class Lanes>
+  auto load(char, int64_t at, Lanes lanes) const {
+    return lanes.load(x + at);
+  }
+  void prefetch(int64_t at) const { __builtin_prefetch(x + at); }
+  // A row with each part.
+  Ahead ahead(int64_t row, int count, int64_t first, int64_t, int64_t part) const {
+    if (part >= count || row + part >= rows) return {};
+    return {reinterpret_cast<const char*>(x + offset(row + part) + first), sizeof(A)};
+  }
+  Region region(int64_t row, int64_t count, int64_t columns, int) const {
+    if (!is_dense || columns != args.channels || count <= 0) return {};
+    return {reinterpret_cast<const char*>(x + row * columns), static_cast<int64_t>(count * columns * sizeof(A))};
+  }
+};
 
+// dy of g, y: as it is, by a factor, or a * g + b * (y - mean) + c.
 template <class A, int prologue>
-void projection_gradient_as(const ProjectionArgs& args, int64_t begin, int64_t end, double* acc) {
-  const auto* planes = static_cast<const Opmath<A>*>(args.constants);
-  auto* product = static_cast<Opmath<A>*>(args.product);
-  const auto plane = [&](int which, int64_t j) { return load_vec(planes + which * args.plane + j); };
-  for (int64_t row = begin; row < end; ++row, product += args.channels) {
-    const int64_t first = row * args.channels;
-    for_columns<A>(args.channels, [&](int64_t j, auto lanes) {
-      auto dy = lanes.load(static_cast<const A*>(args.source) + first + j);
-      if constexpr (prologue == kScaled) dy = plane(kFactorG, j) * dy;
-      if constexpr (prologue == kBatchStatistics) {
-        const auto y = lanes.load(static_cast<const A*>(args.y) + first + j);
-        dy = fma(plane(kFactorG, j), dy, fma(plane(kFactorY, j), y - plane(kMeanY, j), plane(kConstant, j)));
-      }
-      lanes.store(product + j, dy);
-      if (acc != nullptr) accumulate(acc + j, dy, lanes);
+struct GradientRows {
+  using Stored = A;
+  using T = Opmath<A>;
+  using V = Vec<T>;
+  struct Column {
+    V a, b, mean, c;
+  };
+  const A* g;
+  const A* y;
+  const T* planes;
+  int64_t plane, pitch, elements;
+
+  explicit GradientRows(const ProjectionArgs& args)
+      : g(static_cast<const A*>(args.g)),
+        y(static_cast<const A*>(args.y)),
+        planes(static_cast<const T*>(args.constants)),
+        plane(args.plane),
+        pitch(args.outputs),
+        elements(args.batch * args.out[0] * args.out[1] * args.outputs) {}
+
+  int64_t offset(int64_t row) const { return row * pitch; }
+  Column column(int64_t j) const {
+    Column own{};
+    if constexpr (prologue != kPlain) own.a = load_vec(planes + kFactorG * plane + j);
+    if constexpr (prologue == kBatchStatistics) {
+      own.b = load_vec(planes + kFactorY * plane + j);
+      own.mean = load_vec(planes + kMeanY * plane + j);
+      own.c = load_vec(planes + kConstant * plane + j);
+    }
+    return own;
+  }
+  template <class Lanes>
+  V load(const Column& own, int64_t at, Lanes lanes) const {
+    V dy = lanes.load(g + at);
+    if constexpr (prologue == kScaled) dy = own.a * dy;
+    if constexpr (prologue == kBatchStatistics) dy = fma(own.a, dy, fma(own.b, lanes.load(y + at) - own.mean, own.c));
+    return dy;
+  }
+  void prefetch(int64_t at) const {
+    __builtin_prefetch(g + at);
+    if constexpr (prologue == kBatchStatistics) __builtin_prefetch(y + at);
+  }
+  // The rows of g with the first part, those of y with the second; whole rows only, which follow one another.
+  Ahead ahead(int64_t row, int count, int64_t, int64_t depth, int64_t part) const {
+    if (depth != pitch || row * pitch >= elements || part > (prologue == kBatchStatistics)) return {};
+    const A* from = (part == 0 ? g : y) + row * pitch;
+    return {reinterpret_cast<const char*>(from), static_cast<int64_t>(count * sizeof(A))};
+  }
+  Region region(int64_t row, int64_t count, int64_t columns, int tensor) const {
+    if (columns != pitch || count <= 0 || tensor > (prologue == kBatchStatistics)) return {};
+    const A* from = (tensor == 0 ? g : y) + row * pitch;
+    return {reinterpret_cast<const char*>(from), static_cast<int64_t>(count * pitch * sizeof(A))};
+  }
+};
+
+// Calls body(column, lanes) over `count` columns; `streamed` says that what is stored goes past the caches.
+template <class A, class Body>
+ALWAYS_INLINE void for_columns(int64_t count, bool streamed, const Body& body) {
+  int64_t j = 0;
+  if (streamed) {
+    for (; j + kLanes<A> <= count; j += kLanes<A>) body(j, StreamedLanes{});
+  } else {
+    for (; j + kLanes<A> <= count; j += kLanes<A>) body(j, AllLanes{});
+  }
+  if (j < count) body(j, SomeLanes{count - j});
+}
+
+// Bias, affine, residual and ReLU, and the statistics of what is stored.
+template <class A, bool plain>
+struct ForwardStore {
+  using T = Opmath<A>;
+  using V = Vec<T>;
+  static constexpr bool kTogether = false;
+  static constexpr int64_t kAligned = kTileRows;
+  const ProjectionArgs args; // by value: a reference would be read again after every store
+  double* acc;               // planes of mean - origin, M2, origin, for the columns of the task from `first` on
+  int64_t first, plane, end_row;
+
+  ForwardStore(const ProjectionArgs& a, const ProjectionTask& task, double* planes)
+      : args(a), acc(planes), first(task.channels[0]), plane(a.plane), end_row(task.rows[1]) {}
+
+  void finish(T* tile, int64_t pitch, int64_t row, int rows, int64_t column, int64_t columns) {
+    for_columns<A>(columns, args.streamed, [&](int64_t j, auto lanes) {
+      vector(tile + j, pitch, row, rows, column + j, lanes);
     });
+    const int64_t done = row + rows;
+    if (args.partials != nullptr && (done % kTileRows == 0 || done == end_row)) {
+      const int64_t start = (done - 1) / kTileRows * kTileRows;
+      for (int64_t j = column; j < column + columns; ++j) put_partials(start, done - start, j);
+    }
   }
-}
 
-template <class A>
-void projection_gradient(const ProjectionArgs& args, int64_t begin, int64_t end, double* acc) {
-  switch (args.prologue) {
-    case kPlain:
-      return projection_gradient_as<A, kPlain>(args, begin, end, acc);
-    case kScaled:
-      return projection_gradient_as<A, kScaled>(args, begin, end, acc);
-    default:
-      return projection_gradient_as<A, kBatchStatistics>(args, begin, end, acc);
+  Ahead ahead(int64_t, int, int64_t, int64_t, int64_t) const { return {}; }
+
+  template <class Lanes>
+  ALWAYS_INLINE void vector(T* tile, int64_t pitch, int64_t row, int rows, int64_t j, Lanes lanes) {
+    const auto* planes = static_cast<const T*>(args.constants);
+    const V bias = plain ? V{} : load_vec(planes + kBias * plane + j);
+    A* result = static_cast<A*>(args.result) + row * args.outputs + j;
+    const V origin = as_stored<A>(load_vec(tile) + bias);
+    V sum{};
+    for (int r = 0; r < rows; ++r, result += args.outputs) {
+      V z = load_vec(tile + r * pitch);
+      if constexpr (!plain) z = finished(z + bias, planes, row + r, j, lanes);
+      lanes.store(result, z);
+      z = as_stored<A>(z);
+      if constexpr (sizeof(A) != sizeof(T) || !plain) store_vec(tile + r * pitch, z);
+      sum += z - origin;
+    }
+    if (args.partials == nullptr) return;
+    sum *= static_cast<T>(1) / static_cast<T>(rows);
+    V square{};
+    for (int r = 0; r < rows; ++r) {
+      const V deviation = load_vec(tile + r * pitch) - origin - sum;
+      square = fma(deviation, deviation, square);
+    }
+    merge(row, rows, j, origin, sum, square);
   }
-}
 
-template <class A>
-void projection_finish(const ProjectionArgs& args, int64_t begin, int64_t end, double*) {
-  const auto* planes = static_cast<const Opmath<A>*>(args.constants);
-  const auto* product = static_cast<const Opmath<A>*>(args.product);
-  for (int64_t row = begin; row < end; ++row, product += args.channels) {
-    const int64_t first = row * args.channels;
-    for_columns<A>(args.channels, [&](int64_t j, auto lanes) {
-      auto z = lanes.load(product + j) + load_vec(planes + kBias * args.plane + j);
-      using V = decltype(z);
-      if (args.has_affine) z = Affine<V>::at(planes, args.plane, kOwnMean, j).z(z);
-      if (args.add != nullptr) {
-        const V add = lanes.load(static_cast<const A*>(args.add) + first + j);
-        z += args.has_add_affine ? Affine<V>::at(planes, args.plane, kAddMean, j).z(add) : add;
+  template <class Lanes>
+  ALWAYS_INLINE V finished(V z, const T* planes, int64_t row, int64_t j, Lanes lanes) const {
+    if (args.has_affine) z = Affine<V>::at(planes, plane, kOwnMean, j).z(z);
+    if (args.add != nullptr) {
+      const V add = lanes.load(static_cast<const A*>(args.add) + row * args.outputs + j);
+      z += args.has_add_affine ? Affine<V>::at(planes, plane, kAddMean, j).z(add) : add;
+    }
+    return args.relu ? zero_where_not_positive(z, z) : z;
+  }
+
+  // The moments of a panel's rows into those of its tile.
+  ALWAYS_INLINE void merge(int64_t row, int rows, int64_t j, V origin, V mean, V square) {
+    constexpr int kHalves = sizeof(double) / sizeof(T);
+    double* at = acc + (j - first);
+    StatsBody<A> body{nullptr, at, at + plane, at + 2 * plane, 0};
+    body.rows = static_cast<double>(row % kTileRows);
+    body.start_rows(rows);
+    Doubles from[kHalves], offset[kHalves], spread[kHalves];
+    widen(origin, from);
+    widen(mean, offset);
+    widen(square, spread);
+    for (int h = 0; h < kHalves; ++h) {
+      const int64_t column = h * kLanes<double>;
+      if (row % kTileRows == 0) {
+        store_vec(at + column, Doubles{});
+        store_vec(at + plane + column, Doubles{});
+        store_vec(at + 2 * plane + column, kHalves == 1 ? from[h] : Doubles{});
       }
-      if (args.relu) z = zero_where_not_positive(z, z);
-      lanes.store(static_cast<A*>(args.result) + first + j, z);
-    });
+      if constexpr (kHalves == 1) from[h] -= load_vec(at + 2 * plane + column);
+      body.merge(column, from[h] + offset[h], spread[h], AllLanes{}, h);
+    }
   }
+
+  void put_partials(int64_t start, int64_t rows, int64_t j) const {
+    double mean = acc[j - first] + acc[2 * plane + j - first], m2 = acc[plane + j - first];
+    if (!(mean - mean == 0)) {
+      const A* data = static_cast<const A*>(args.result) + start * args.outputs + j;
+      args.plain_moments(kDTypeOf<A>, data, rows, args.outputs, &mean, &m2);
+    }
+    T* partials = static_cast<T*>(args.partials) + start / kTileRows * 3 * args.outputs + j;
+    partials[0] = static_cast<T>(rows);
+    partials[args.outputs] = static_cast<T>(mean);
+    partials[2 * args.outputs] = static_cast<T>(m2);
+  }
+};
+
+template <class A, bool plain>
+void projection_fwd_as(const ProjectionArgs& args, const ProjectionTask& task) {
+  using T = Opmath<A>;
+  const GatheredRows<A> x(args);
+  const PlainRows<A> weight{static_cast<const A*>(args.weight), args.channels, args.outputs * args.channels};
+  const auto pack = [&](T* block, Range columns, Range steps) {
+    pack_right_by_rows(weight, block, columns.begin, columns.end, steps.begin, steps.end - steps.begin);
+  };
+  ForwardStore<A, plain> store(args, task, task.sums);
+  MultiplyRows<T, GatheredRows<A>, decltype(pack), ForwardStore<A, plain>> product(x, pack, store, task.workspace);
+  product.run({task.rows[0], task.rows[1]}, {task.channels[0], task.channels[1]}, args.channels);
+  fence_streams();
 }
 
 template <class A>
-void projection_scatter(const ProjectionArgs& args, int64_t begin, int64_t end, double*) {
-  const auto* product = static_cast<const Opmath<A>*>(args.product);
-  for (int64_t row = begin; row < end; ++row, product += args.channels) {
-    const OwnedPositions own(args, row);
-    for (int64_t h = own.h; h < own.h_end; ++h) {
-      for (int64_t w = own.w; w < own.w_end; ++w) {
-        const int64_t at = own.offset(args, h, w);
-        const bool read = h == own.h && w == own.w;
-        for_columns<A>(args.channels, [&](int64_t j, auto lanes) {
-          Vec<Opmath<A>> v{};
-          if (read) v = lanes.load(product + j);
-          if (args.add != nullptr) v += lanes.load(static_cast<const A*>(args.add) + at + j);
-          lanes.store(static_cast<A*>(args.result) + at + j, v);
-        });
+void projection_fwd(const ProjectionArgs& args, const ProjectionTask& task) {
+  args.plain ? projection_fwd_as<A, true>(args, task) : projection_fwd_as<A, false>(args, task);
+}
+
+// dx at all the positions that the rows own: the product where it was read, zero elsewhere, plus `add`.
+template <class A>
+struct ScatterStore {
+  using T = Opmath<A>;
+  static constexpr bool kTogether = true;
+  static constexpr int64_t kAligned = 126; // of any kPanelRows
+  const ProjectionArgs args; // by value: a reference would be read again after every store
+
+  void finish(const T* tile, int64_t pitch, int64_t row, int rows, int64_t column, int64_t columns) {
+    for (int r = 0; r < rows; ++r) {
+      const OwnedPositions own(args, row + r);
+      for (int64_t h = own.h; h < own.h_end; ++h) {
+        for (int64_t w = own.w; w < own.w_end; ++w) {
+          const int64_t at = own.offset(args, h, w) + column;
+          const T* product = h == own.h && w == own.w ? tile + r * pitch : nullptr;
+          args.add != nullptr ? position<true>(product, at, columns) : position<false>(product, at, columns);
+        }
       }
     }
   }
+
+  // The main branch's gradient that these rows will add: a run of positions for each of the rows of (H, W) they own.
+  Ahead ahead(int64_t row, int rows, int64_t columns, int64_t depth, int64_t part) const {
+    constexpr int64_t kBefore = 2; // parts that the prologue has
+    const OwnedPositions own(args, row);
+    const int64_t h = own.h + part - kBefore;
+    if (args.add == nullptr || columns != args.channels || part < kBefore || h >= own.h_end) return {};
+    const A* from = static_cast<const A*>(args.add) + own.offset(args, h, own.w);
+    const int64_t bytes = rows * args.stride[1] * columns * sizeof(A);
+    return {reinterpret_cast<const char*>(from), bytes / depth + 1};
+  }
+
+  template <bool add>
+  void position(const T* product, int64_t at, int64_t columns) {
+    for_columns<A>(columns, args.streamed, [&](int64_t j, auto lanes) {
+      Vec<T> v{};
+      if (product != nullptr) v = load_vec(product + j);
+      if constexpr (add) v += lanes.load(static_cast<const A*>(args.add) + at + j);
+      lanes.store(static_cast<A*>(args.result) + at + j, v);
+    });
+  }
+};
+
+template <class A, int prologue>
+void projection_dgrad_as(const ProjectionArgs& args, const ProjectionTask& task) {
+  using T = Opmath<A>;
+  const GradientRows<A, prologue> dy(args);
+  const PlainRows<A> weight{static_cast<const A*>(args.weight), args.channels, args.outputs * args.channels};
+  const auto pack = [&](T* block, Range columns, Range steps) {
+    pack_right_by_depth(weight, block, columns.begin, columns.end, steps.begin, steps.end - steps.begin);
+  };
+  ScatterStore<A> store{args};
+  MultiplyRows<T, GradientRows<A, prologue>, decltype(pack), ScatterStore<A>> product(dy, pack, store, task.workspace);
+  product.run({task.rows[0], task.rows[1]}, {task.channels[0], task.channels[1]}, args.outputs);
+  fence_streams();
+}
+
+template <class A, int prologue>
+void projection_wgrad_as(const ProjectionArgs& args, const ProjectionTask& task) {
+  using T = Opmath<A>;
+  const GradientRows<A, prologue> dy(args);
+  const GatheredRows<A> x(args);
+  MultiplyColumns<T, GradientRows<A, prologue>, GatheredRows<A>> product(dy, x, task.workspace);
+  product.run(static_cast<T*>(task.result), args.channels, {task.channels[0], task.channels[1]}, {0, args.channels},
+              {task.rows[0], task.rows[1]}, task.sums);
+}
+
+// Calls kernel<A, prologue> for the prologue of args.
+#define RESNET_FUSED_BY_PROLOGUE(kernel)               \
+  switch (args.prologue) {                             \
+    case kPlain:                                       \
+      return kernel<A, kPlain>(args, task);            \
+    case kScaled:                                      \
+      return kernel<A, kScaled>(args, task);           \
+    default:                                           \
+      return kernel<A, kBatchStatistics>(args, task);  \
+  }
+
+template <class A>
+void projection_dgrad(const ProjectionArgs& args, const ProjectionTask& task) {
+  RESNET_FUSED_BY_PROLOGUE(projection_dgrad_as)
+}
+
+template <class A>
+void projection_wgrad(const ProjectionArgs& args, const ProjectionTask& task) {
+  RESNET_FUSED_BY_PROLOGUE(projection_wgrad_as)
 }

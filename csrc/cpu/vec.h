@@ -34,6 +34,15 @@ struct Float16 {
 };
 
 template <class A>
+constexpr DType kDTypeOf = kFloat32;
+template <>
+inline constexpr DType kDTypeOf<BFloat16> = kBFloat16;
+template <>
+inline constexpr DType kDTypeOf<Float16> = kFloat16;
+template <>
+inline constexpr DType kDTypeOf<double> = kFloat64;
+
+template <class A>
 struct OpmathOf {
   using type = float;
   using integer = int32_t;
@@ -202,6 +211,70 @@ inline V as_stored(V v) {
   }
 }
 
+// A store past the caches; `p` is aligned to what is stored. `fence_streams` comes before another thread reads it.
+template <class V>
+ALWAYS_INLINE void stream_raw(void* p, V v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64) return _mm512_stream_si512(static_cast<__m512i*>(p), (__m512i)v);
+#endif
+#if defined(__AVX2__)
+  if constexpr (sizeof(V) == 32) return _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)v);
+#endif
+#if defined(__x86_64__)
+  if constexpr (sizeof(V) == 16) return _mm_stream_si128(static_cast<__m128i*>(p), (__m128i)v);
+#endif
+  store_raw(p, v);
+}
+
+inline void fence_streams() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+// ---- shuffles ----
+
+template <int... i>
+struct Indices {};
+template <int n, int... i>
+struct IndicesUpTo {
+  using type = typename IndicesUpTo<n - 1, n - 1, i...>::type;
+};
+template <int... i>
+struct IndicesUpTo<0, i...> {
+  using type = Indices<i...>;
+};
+template <int n>
+using MakeIndices = typename IndicesUpTo<n>::type; // 0 to n - 1
+
+// Lanes of a and b in turns, from lane `first` of each.
+template <class T, int first, int... i>
+ALWAYS_INLINE Vec<T> interleave(Vec<T> a, Vec<T> b, Indices<i...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, (first + i / 2 + i % 2 * kLanes<T>)...);
+#else
+  return __builtin_shuffle(a, b, Vec<Integer<T>>{(first + i / 2 + i % 2 * kLanes<T>)...});
+#endif
+}
+
+// Rows become columns: each round interleaves row i with row i + half, to rows 2 i and 2 i + 1.
+template <class T>
+ALWAYS_INLINE void transpose(Vec<T>* rows) {
+  constexpr int half = kLanes<T> / 2;
+  using All = MakeIndices<kLanes<T>>;
+#pragma GCC unroll 4
+  for (int done = 1; done < kLanes<T>; done *= 2) {
+    Vec<T> mixed[kLanes<T>];
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i) {
+      mixed[2 * i] = interleave<T, 0>(rows[i], rows[i + half], All{});
+      mixed[2 * i + 1] = interleave<T, half>(rows[i], rows[i + half], All{});
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<T>; ++i) rows[i] = mixed[i];
+  }
+}
+
 // ---- double accumulators of a vector of opmath ----
 
 inline void widen(Floats v, Doubles* halves) {
@@ -246,5 +319,17 @@ struct SomeLanes {
     A whole[kLanes<A>];
     store_vec(whole, v);
     __builtin_memcpy(p, whole, count * sizeof(A));
+  }
+};
+
+// Whole vectors that are written past the caches.
+struct StreamedLanes : AllLanes {
+  template <class A, class V>
+  void store(A* p, V v) const {
+    if constexpr (sizeof(A) == sizeof(Opmath<A>)) {
+      stream_raw(p, v);
+    } else {
+      stream_raw(p, encode(A{}, v));
+    }
   }
 };
