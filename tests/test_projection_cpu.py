@@ -18,7 +18,7 @@ REASON = cpu.load()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-# Input shape, K, stride: one block of rows and several, narrow and odd channels, one row, no row.
+# Input shape, K, stride: odd and narrow channels, several panels, one row, no row.
 SHAPES = [
     ((2, 19, 9, 7), 37, (2, 2)),
     ((1, 72, 15, 11), 136, (1, 1)),
@@ -26,6 +26,9 @@ SHAPES = [
     ((1, 8, 1, 1), 8, (2, 2)),
     ((0, 8, 4, 4), 16, (2, 2)),
 ]
+# More than one block of each dimension of the products, of rows and of channels; the last of each is not whole.
+BLOCKS = ((2, 600, 18, 30), 1100, (1, 2))
+TRAINED = ("train-bias", "dgrad-batch-add", "wgrad-batch-wide-bias")
 NAMES = ("projection_fwd", "projection_dgrad", "projection_wgrad")
 
 
@@ -61,15 +64,45 @@ def test_law_on_other_instruction_sets(isa, dtype):
         cpu.set_isa(best)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_threads_and_repeatability(threads):
-    torch.set_num_threads(threads)
-    shape = ((2, 72, 40, 31), 56, (1, 1))  # three blocks of rows
-    for name in ("train-bias", "infer-block-end", "dgrad-batch-add", "wgrad-batch-wide-bias"):
-        check(name, shape, torch.float32, torch.channels_last)
-        inputs = rearranged(make_inputs(*shape, torch.float32), torch.channels_last)
-        one, two = (CASES[name](projection, inputs) for _ in range(2))
-        assert all(torch.equal(one[key], two[key]) for key in one)
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_products_of_several_blocks(isa):
+    best = cpu.isa()
+    try:
+        cpu.set_isa(isa)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    try:
+        for name in TRAINED:
+            check(name, BLOCKS, torch.float32, torch.channels_last)
+        check("infer-block-end", BLOCKS, torch.bfloat16, torch.channels_last)
+    finally:
+        cpu.set_isa(best)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_results_that_are_stored_past_the_caches(dtype):
+    check("train", ((2, 8, 20, 15), 8192, (1, 1)), dtype, torch.channels_last)
+    for name in ("dgrad-plain", "dgrad-batch-add"):
+        check(name, ((2, 64, 201, 190), 8, (2, 2)), dtype, torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    "shape", [((2, 72, 40, 31), 56, (1, 1)), ((1, 64, 9, 8), 640, (1, 1))], ids=["rows", "channels"]
+)
+def test_threads_and_repeatability(shape):
+    inputs = rearranged(make_inputs(*shape, torch.float32), torch.channels_last)
+    for name in (*TRAINED, "infer-block-end"):
+        torch.set_num_threads(1)
+        ref, eager = expected(name, inputs)
+        results = []
+        for threads in (1, 2, 3, 2):
+            torch.set_num_threads(threads)
+            results.append(CASES[name](projection, inputs))
+            assert_law(results[-1], ref, eager, torch.float32)
+        one, two, three, again = results
+        assert all(torch.equal(two[key], again[key]) for key in two)
+        if not name.startswith("wgrad"):  # whose parts of the rows are those of the threads
+            assert all(torch.equal(one[key], other[key]) for key in one for other in (two, three))
 
 
 def test_an_infinity_is_in_the_statistics_as_in_torch():

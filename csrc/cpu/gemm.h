@@ -3,24 +3,28 @@
 //
 // One operand is packed a block at a time and stays in the second-level cache; the other one streams past it,
 // a panel or a few at a time. A block of the first is packed once for all that streams past it, and neither is
-// ever written to memory packed: with few columns in a block, packing costs (block columns) / (lanes / 4) of the FMAs.
+// ever written to memory packed. What streams is packed again for every block that resides, at about 4 / (columns of the
+// block) of the FMAs' time.
 //
-//   multiply_rows      out (rows, columns): the right operand (a weight) resides, rows stream: forward, dgrad
-//   multiply_columns   out (rows, columns), the depth being rows of activations: the left one resides: wgrad
+//   MultiplyRows      the right operand (a weight) resides, rows of activations stream past: forward, dgrad
+//   MultiplyColumns   the depth is rows of activations, the left operand resides: wgrad
 //
 // The order in which an element is summed depends on the depth and its blocks alone, not on who computes it.
 
 // Bytes of the block that resides: of a second-level cache of 1 MiB or more on AVX-512 machines, 256 KiB elsewhere.
 constexpr int64_t kResidentBytes = (kVectorBytes == 64 ? 640 : 192) * 1024;
 constexpr int64_t kStreamedBytes = (kVectorBytes == 64 ? 256 : 64) * 1024;
-constexpr int64_t kPartialBytes = (kVectorBytes == 64 ? 512 : 96) * 1024;
+constexpr int64_t kPartialBytes = (kVectorBytes == 64 ? 1024 : 256) * 1024;
 constexpr int64_t kMostColumns = 1024;
+constexpr int64_t kMostAligned = 128;
+constexpr int64_t kWholePanels = 126; // rows, of any kPanelRows
+static_assert(kWholePanels % kPanelRows == 0 && kWholePanels <= kMostAligned);
 static_assert(kResidentBytes + kStreamedBytes + kPartialBytes + 64 * 1024 <= kWorkspaceBytes, "the host allocates it");
 
-// How deep blocks are whose depth is rows of activations: all panels of K = 512 then fit where they reside. A product
-// that is not much deeper is not cut, so that it is written once.
+// How deep a block is. A product of one block is summed in registers; a deeper one is cut finer, so that more columns
+// reside and fewer times the other operand streams past.
 template <class T>
-int64_t most_steps(int64_t depth) {
+int64_t deepest_block(int64_t depth) {
   return depth <= kMostDepth<T> ? kMostDepth<T> : kMostDepth<T> / 2;
 }
 
@@ -51,7 +55,7 @@ struct Range {
 
 // store.finish(tile, pitch, row, rows, column, columns) gets each finished tile once, rows in order for a column.
 // Store::kTogether: all columns of a block at once, else a panel of them. Panels do not step over multiples of
-// Store::kAligned rows. left.ahead(row, rows, depth, part): what to prefetch of the rows to come.
+// store.aligned rows, kMostAligned at most. left.ahead(row, rows, depth, part): what to prefetch of the rows to come.
 template <class T, class Left, class PackRight, class Store>
 struct MultiplyRows {
   const Left& left;
@@ -70,15 +74,15 @@ struct MultiplyRows {
         tile(streamed + kStreamedBytes / sizeof(T)) {}
 
   void run(Range rows, Range columns, int64_t depth) {
-    const DepthBlocks deep(depth, kMostDepth<T>);
+    const DepthBlocks deep(depth, deepest_block<T>(depth));
     const int64_t across = kResidentBytes / sizeof(T) / (deep.most() > 0 ? deep.most() : 1);
-    const int64_t limit = deep.count > 1 ? kPartialBytes / sizeof(T) / Store::kAligned : kMostColumns;
+    const int64_t limit = deep.count > 1 ? kPartialBytes / sizeof(T) / kMostAligned : kMostColumns;
     const int64_t most = (across < limit ? across : limit) / kPanelColumns<T> * kPanelColumns<T>;
     const Blocks wide(columns.begin, columns.end, most, kPanelColumns<T>);
-    const int64_t partial_rows = kPartialBytes / sizeof(T) / wide.size / Store::kAligned * Store::kAligned;
+    const int64_t partial_rows = kPartialBytes / sizeof(T) / wide.size / store.aligned * store.aligned;
     for (int64_t c = wide.begin; c < wide.end; c = wide.stop(c)) {
       const Range own{c, wide.stop(c)};
-      const Blocks tall(rows.begin, rows.end, deep.count > 1 ? partial_rows : rows.end - rows.begin, Store::kAligned);
+      const Blocks tall(rows.begin, rows.end, deep.count > 1 ? partial_rows : rows.end - rows.begin, store.aligned);
       for (int64_t r = tall.begin; r < tall.end; r = tall.stop(r)) {
         for (int64_t block = 0; block < deep.count; ++block) {
           const Range steps{deep.start(block), deep.start(block + 1)};
@@ -90,9 +94,9 @@ struct MultiplyRows {
   }
 
   void panels(Range rows, Range columns, Range steps, int64_t depth) {
-    constexpr int64_t kAligned = Store::kAligned;
     for (int64_t begin = rows.begin; begin < rows.end;) {
-      const int64_t aligned = (begin / kAligned + 1) * kAligned, end = aligned < rows.end ? aligned : rows.end;
+      const int64_t aligned = (begin / store.aligned + 1) * store.aligned;
+      const int64_t end = aligned < rows.end ? aligned : rows.end;
       const Panels cut(begin, end, kPanelRows);
       for (int64_t p = 0; p < cut.count; ++p) panel(rows, cut.start(p), cut.rows(p), columns, steps, depth);
       begin = end;
@@ -124,8 +128,8 @@ struct MultiplyRows {
 };
 
 // out (rows, columns) = left^T * right over the steps [steps.begin, steps.end): both sources hold a step in a row.
-// sums, if not null: of the left one's columns over the steps. left.region(row, rows, columns, i), and right's: memory of
-// whole rows of its i-th tensor, to be asked for while the rows before are multiplied.
+// sums, if not null: of the left one's columns over the steps. left.region(row, rows, columns, i), and right's: memory
+// of whole rows of its i-th tensor, to be asked for while the rows before are multiplied.
 template <class T, class Left, class Right>
 struct MultiplyColumns {
   const Left& left;
@@ -145,7 +149,7 @@ struct MultiplyColumns {
 
   void run(T* out, int64_t pitch, Range rows, Range columns, Range steps, double* sums) {
     const int64_t whole = steps.end - steps.begin;
-    const DepthBlocks deep(whole, most_steps<T>(whole));
+    const DepthBlocks deep(whole, deepest_block<T>(whole));
     const int64_t unit = deep.most() > 0 ? deep.most() : 1;
     const int64_t most = kResidentBytes / sizeof(T) / (unit * kDepthPitch<T>) * kPanelRows;
     const int64_t panels = kStreamedBytes / sizeof(T) / (unit * kPanelColumns<T>);

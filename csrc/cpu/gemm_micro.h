@@ -52,6 +52,7 @@ void micro_kernel(int64_t depth, const T* left, const T* right, T* out, int64_t 
   for (int r = 0; add && r < rows; ++r) {
     for (int v = 0; v < kPanelVectors; ++v) __builtin_prefetch(out + r * pitch + v * kLanes<T>, 1);
   }
+#pragma GCC unroll 2
   for (int64_t d = 0; d < depth; ++d) {
     const Vec<T> first = load_vec(right), second = load_vec(right + kLanes<T>);
 #pragma GCC unroll 16
@@ -73,6 +74,19 @@ void micro_kernel(int64_t depth, const T* left, const T* right, T* out, int64_t 
     }
   }
 }
+
+template <int... i>
+struct Indices {};
+template <int n, int... i>
+struct IndicesUpTo {
+  using type = typename IndicesUpTo<n - 1, n - 1, i...>::type;
+};
+template <int... i>
+struct IndicesUpTo<0, i...> {
+  using type = Indices<i...>;
+};
+template <int n>
+using MakeIndices = typename IndicesUpTo<n>::type; // 0 to n - 1
 
 // micro_kernel of every number of rows, from 1 on.
 template <class T, LeftLayout layout, class = MakeIndices<kPanelRows>>

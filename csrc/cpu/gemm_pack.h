@@ -100,6 +100,34 @@ void pack_right_by_depth(const Source& source, T* block, int64_t begin, int64_t 
   }
 }
 
+// Lanes of a and b in turns, from lane `first` of each.
+template <class T, int first, int... i>
+ALWAYS_INLINE Vec<T> interleave(Vec<T> a, Vec<T> b, Indices<i...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, (first + i / 2 + i % 2 * kLanes<T>)...);
+#else
+  return __builtin_shuffle(a, b, Vec<Integer<T>>{(first + i / 2 + i % 2 * kLanes<T>)...});
+#endif
+}
+
+// Rows become columns: each round interleaves row i with row i + half, to rows 2 i and 2 i + 1.
+template <class T>
+ALWAYS_INLINE void transpose(Vec<T>* rows) {
+  constexpr int half = kLanes<T> / 2;
+  using All = MakeIndices<kLanes<T>>;
+#pragma GCC unroll 4
+  for (int done = 1; done < kLanes<T>; done *= 2) {
+    Vec<T> mixed[kLanes<T>];
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i) {
+      mixed[2 * i] = interleave<T, 0>(rows[i], rows[i + half], All{});
+      mixed[2 * i + 1] = interleave<T, half>(rows[i], rows[i + half], All{});
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<T>; ++i) rows[i] = mixed[i];
+  }
+}
+
 // Rows [begin, end) of the source, transposed: its columns [first, first + depth) are the steps.
 template <class Source, class T>
 void pack_right_by_rows(const Source& source, T* block, int64_t begin, int64_t end, int64_t first, int64_t depth) {

@@ -28,6 +28,8 @@ namespace {
 
 #include "gemm.h"
 
+#include "projection_sources.h"
+
 #include "projection_kernels.h"
 
 // In the order of DType.

@@ -101,7 +101,7 @@ struct ProjectionTask {
   double* sums = nullptr;          // wgrad: `plane` doubles for the sums of dy, or null
   void* workspace = nullptr;       // kWorkspaceBytes, aligned to a cache line
 };
-constexpr int64_t kWorkspaceBytes = 1472 * 1024;
+constexpr int64_t kWorkspaceBytes = 1984 * 1024;
 constexpr int64_t kTileRows = 128; // of a tile of statistics
 
 // Planes of ProjectionArgs::constants: of the epilogue, and of the prologue.

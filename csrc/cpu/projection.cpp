@@ -1,5 +1,21 @@
 // The projection shortcut on the CPU: one matrix product each, whose packing gathers, converts and differentiates and
 // whose stores normalise, scatter and reduce (gemm.h). 16-bit activations are multiplied in float32.
+//
+// What it can cost, for ResNet-50's sites at batch 8 in float32, on one thread of an Ice Lake Xeon at about 2.8 GHz:
+// 170 GFLOP/s of AVX-512 FMA in a loop of registers, memory read at 10 GB/s, stored to at 7.5, past the caches at 22.
+// Traffic in MB is what is read + written; a backward is dgrad and wgrad, each reads g and y. Predicted is the FMAs'
+// time plus the stores', reads being asked for while tiles are computed; measured is the least of interleaved runs on a
+// machine whose other thread is at work, where the same micro-kernel alone, in cache, does 110 to 130 GFLOP/s.
+//
+//   site     GFLOP      forward MB   predicted, measured ms   backward MB       predicted, measured ms
+//   layer1   0.8 (x 2)   6 + 26      6.0    8.5                116 +  6         10.5   19
+//   layer2   1.6 (x 2)   7 + 13     10.3   12.6                 84 + 26         20.6   30
+//   layer3   1.6 (x 2)   5 +  6     10.5   13.1                 43 + 15         20.3   30
+//   layer4   1.6 (x 2)  10 +  3     10.1   13.3                 29 + 15         21.4   30
+//
+// What misses: the micro-kernel's 46 instructions for 28 FMAs, which a core that is shared with another thread seems not
+// to issue at full FMA speed (a quiet core did 150 to 179 GFLOP/s); at layer1, where products are only 64 deep, also a
+// tile's store and statistics, a tenth of its FMAs.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>

@@ -1,117 +1,5 @@
-// What the projection's matrix products read and write, templates over the stored type A: prologues that gather,
-// convert and differentiate, epilogues that normalise, scatter and reduce. Included by kernels.cpp only.
-
-// A row of the flattened (N, P, Q), and the positions of (N, H, W) that it owns: up to `stride` each way.
-struct OwnedPositions {
-  int64_t n, h, w, h_end, w_end;
-
-  OwnedPositions(const ProjectionArgs& args, int64_t row) {
-    const int64_t P = args.out[0], Q = args.out[1], q = row % Q, p = row / Q % P;
-    n = row / Q / P;
-    h = p * args.stride[0];
-    w = q * args.stride[1];
-    h_end = p + 1 < P ? h + args.stride[0] : args.in[0];
-    w_end = q + 1 < Q ? w + args.stride[1] : args.in[1];
-  }
-  int64_t offset(const ProjectionArgs& args, int64_t at_h, int64_t at_w) const {
-    return ((n * args.in[0] + at_h) * args.in[1] + at_w) * args.channels;
-  }
-};
-
-// x at the positions read.
-template <class A>
-struct GatheredRows {
-  using Stored = A;
-  const ProjectionArgs& args;
-  const A* x;
-  int64_t elements, rows;
-  bool is_dense;
-
-  explicit GatheredRows(const ProjectionArgs& a)
-      : args(a),
-        x(static_cast<const A*>(a.x)),
-        elements(a.batch * a.in[0] * a.in[1] * a.channels),
-        rows(a.batch * a.out[0] * a.out[1]),
-        is_dense(a.stride[0] == 1 && a.stride[1] == 1) {}
-
-  int64_t offset(int64_t row) const {
-    if (is_dense) return row * args.channels;
-    const OwnedPositions at(args, row);
-    return at.offset(args, at.h, at.w);
-  }
-  char column(int64_t) const { return 0; }
-  template <class Lanes>
-  auto load(char, int64_t at, Lanes lanes) const {
-    return lanes.load(x + at);
-  }
-  void prefetch(int64_t at) const { __builtin_prefetch(x + at); }
-  // A row with each part.
-  Ahead ahead(int64_t row, int count, int64_t first, int64_t, int64_t part) const {
-    if (part >= count || row + part >= rows) return {};
-    return {reinterpret_cast<const char*>(x + offset(row + part) + first), sizeof(A)};
-  }
-  Region region(int64_t row, int64_t count, int64_t columns, int) const {
-    if (!is_dense || columns != args.channels || count <= 0) return {};
-    return {reinterpret_cast<const char*>(x + row * columns), static_cast<int64_t>(count * columns * sizeof(A))};
-  }
-};
-
-// dy of g, y: as it is, by a factor, or a * g + b * (y - mean) + c.
-template <class A, int prologue>
-struct GradientRows {
-  using Stored = A;
-  using T = Opmath<A>;
-  using V = Vec<T>;
-  struct Column {
-    V a, b, mean, c;
-  };
-  const A* g;
-  const A* y;
-  const T* planes;
-  int64_t plane, pitch, elements;
-
-  explicit GradientRows(const ProjectionArgs& args)
-      : g(static_cast<const A*>(args.g)),
-        y(static_cast<const A*>(args.y)),
-        planes(static_cast<const T*>(args.constants)),
-        plane(args.plane),
-        pitch(args.outputs),
-        elements(args.batch * args.out[0] * args.out[1] * args.outputs) {}
-
-  int64_t offset(int64_t row) const { return row * pitch; }
-  Column column(int64_t j) const {
-    Column own{};
-    if constexpr (prologue != kPlain) own.a = load_vec(planes + kFactorG * plane + j);
-    if constexpr (prologue == kBatchStatistics) {
-      own.b = load_vec(planes + kFactorY * plane + j);
-      own.mean = load_vec(planes + kMeanY * plane + j);
-      own.c = load_vec(planes + kConstant * plane + j);
-    }
-    return own;
-  }
-  template <class Lanes>
-  V load(const Column& own, int64_t at, Lanes lanes) const {
-    V dy = lanes.load(g + at);
-    if constexpr (prologue == kScaled) dy = own.a * dy;
-    if constexpr (prologue == kBatchStatistics) dy = fma(own.a, dy, fma(own.b, lanes.load(y + at) - own.mean, own.c));
-    return dy;
-  }
-  void prefetch(int64_t at) const {
-    __builtin_prefetch(g + at);
-    if constexpr (prologue == kBatchStatistics) __builtin_prefetch(y + at);
-  }
-  // The rows of g with the first part, those of y with the second; whole rows only, which follow one another.
-  Ahead ahead(int64_t row, int count, int64_t, int64_t depth, int64_t part) const {
-    if (depth != pitch || row * pitch >= elements || part > (prologue == kBatchStatistics)) return {};
-    const A* from = (part == 0 ? g : y) + row * pitch;
-    return {reinterpret_cast<const char*>(from), static_cast<int64_t>(count * sizeof(A))};
-  }
-  Region region(int64_t row, int64_t count, int64_t columns, int tensor) const {
-    if (columns != pitch || count <= 0 || tensor > (prologue == kBatchStatistics)) return {};
-    const A* from = (tensor == 0 ? g : y) + row * pitch;
-    return {reinterpret_cast<const char*>(from), static_cast<int64_t>(count * pitch * sizeof(A))};
-  }
-};
+// The projection's matrix products and what they write, templates over the stored type A: epilogues that normalise,
+// scatter and reduce. Included by kernels.cpp only.
 
 // Calls body(column, lanes) over `count` columns; `streamed` says that what is stored goes past the caches.
 template <class A, class Body>
@@ -131,13 +19,18 @@ struct ForwardStore {
   using T = Opmath<A>;
   using V = Vec<T>;
   static constexpr bool kTogether = false;
-  static constexpr int64_t kAligned = kTileRows;
   const ProjectionArgs args; // by value: a reference would be read again after every store
+  const int64_t aligned;
   double* acc;               // planes of mean - origin, M2, origin, for the columns of the task from `first` on
   int64_t first, plane, end_row;
 
   ForwardStore(const ProjectionArgs& a, const ProjectionTask& task, double* planes)
-      : args(a), acc(planes), first(task.channels[0]), plane(a.plane), end_row(task.rows[1]) {}
+      : args(a),
+        aligned(a.partials != nullptr ? kTileRows : kWholePanels),
+        acc(planes),
+        first(task.channels[0]),
+        plane(a.plane),
+        end_row(task.rows[1]) {}
 
   void finish(T* tile, int64_t pitch, int64_t row, int rows, int64_t column, int64_t columns) {
     for_columns<A>(columns, args.streamed, [&](int64_t j, auto lanes) {
@@ -157,19 +50,17 @@ struct ForwardStore {
     const auto* planes = static_cast<const T*>(args.constants);
     const V bias = plain ? V{} : load_vec(planes + kBias * plane + j);
     A* result = static_cast<A*>(args.result) + row * args.outputs + j;
-    const V origin = as_stored<A>(load_vec(tile) + bias);
-    V sum{};
     for (int r = 0; r < rows; ++r, result += args.outputs) {
       V z = load_vec(tile + r * pitch);
       if constexpr (!plain) z = finished(z + bias, planes, row + r, j, lanes);
       lanes.store(result, z);
-      z = as_stored<A>(z);
-      if constexpr (sizeof(A) != sizeof(T) || !plain) store_vec(tile + r * pitch, z);
-      sum += z - origin;
+      if constexpr (sizeof(A) != sizeof(T) || !plain) store_vec(tile + r * pitch, as_stored<A>(z));
     }
     if (args.partials == nullptr) return;
+    const V origin = load_vec(tile);
+    V sum{}, square{};
+    for (int r = 1; r < rows; ++r) sum += load_vec(tile + r * pitch) - origin;
     sum *= static_cast<T>(1) / static_cast<T>(rows);
-    V square{};
     for (int r = 0; r < rows; ++r) {
       const V deviation = load_vec(tile + r * pitch) - origin - sum;
       square = fma(deviation, deviation, square);
@@ -247,8 +138,8 @@ template <class A>
 struct ScatterStore {
   using T = Opmath<A>;
   static constexpr bool kTogether = true;
-  static constexpr int64_t kAligned = 126; // of any kPanelRows
   const ProjectionArgs args; // by value: a reference would be read again after every store
+  const int64_t aligned = kWholePanels;
 
   void finish(const T* tile, int64_t pitch, int64_t row, int rows, int64_t column, int64_t columns) {
     for (int r = 0; r < rows; ++r) {

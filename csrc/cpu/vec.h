@@ -232,49 +232,6 @@ inline void fence_streams() {
 #endif
 }
 
-// ---- shuffles ----
-
-template <int... i>
-struct Indices {};
-template <int n, int... i>
-struct IndicesUpTo {
-  using type = typename IndicesUpTo<n - 1, n - 1, i...>::type;
-};
-template <int... i>
-struct IndicesUpTo<0, i...> {
-  using type = Indices<i...>;
-};
-template <int n>
-using MakeIndices = typename IndicesUpTo<n>::type; // 0 to n - 1
-
-// Lanes of a and b in turns, from lane `first` of each.
-template <class T, int first, int... i>
-ALWAYS_INLINE Vec<T> interleave(Vec<T> a, Vec<T> b, Indices<i...>) {
-#if defined(__clang__)
-  return __builtin_shufflevector(a, b, (first + i / 2 + i % 2 * kLanes<T>)...);
-#else
-  return __builtin_shuffle(a, b, Vec<Integer<T>>{(first + i / 2 + i % 2 * kLanes<T>)...});
-#endif
-}
-
-// Rows become columns: each round interleaves row i with row i + half, to rows 2 i and 2 i + 1.
-template <class T>
-ALWAYS_INLINE void transpose(Vec<T>* rows) {
-  constexpr int half = kLanes<T> / 2;
-  using All = MakeIndices<kLanes<T>>;
-#pragma GCC unroll 4
-  for (int done = 1; done < kLanes<T>; done *= 2) {
-    Vec<T> mixed[kLanes<T>];
-#pragma GCC unroll 8
-    for (int i = 0; i < half; ++i) {
-      mixed[2 * i] = interleave<T, 0>(rows[i], rows[i + half], All{});
-      mixed[2 * i + 1] = interleave<T, half>(rows[i], rows[i + half], All{});
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes<T>; ++i) rows[i] = mixed[i];
-  }
-}
-
 // ---- double accumulators of a vector of opmath ----
 
 inline void widen(Floats v, Doubles* halves) {
