@@ -15,7 +15,7 @@ import pytest
 
 from resnet_fused import fuse, winners
 from resnet_fused.winners import Winner, store
-from tests.tune_harness import CPU, cpu_name, images, no_winners, shortcut_block
+from tests.tune_harness import CPU, cpu_name, forget, images, no_winners, shortcut_block
 
 __all__ = ["no_winners"]
 
@@ -41,8 +41,10 @@ def test_the_switch_and_a_distributed_start_turn_loading_off(monkeypatch):
             patched.setenv(name, value)
             winners.ready(cpu_name())
             assert not winners.table()
-    winners.ready(cpu_name())
-    assert winners.table()
+        forget()
+        winners.ready(cpu_name())
+        assert winners.table()
+        forget()
 
 
 def test_what_a_process_read_for_itself_is_dropped_once_it_is_one_of_several(monkeypatch):

@@ -84,7 +84,7 @@ def using(new: Mapping[str, Winner]) -> Iterator[None]:
 
 def distributed() -> bool:
     """Whether this process is one of several that train together, or was started to become one."""
-    return os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1") or _joined()
+    return _joined() or os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1")
 
 
 def _joined() -> bool:
@@ -102,11 +102,11 @@ def ready(device: str) -> None:
     if _own and _joined():
         _set({key: winner for key, winner in _table.items() if store.device_of(key) not in _own})
         _own.clear()
-    if device in _tried or not device.startswith(("cpu", "cuda")):
-        return
-    if os.environ.get(SWITCH) == "0" or distributed():
+    if device in _tried or distributed():
         return
     _tried.add(device)
+    if os.environ.get(SWITCH) == "0" or not device.startswith(("cpu", "cuda")):
+        return
     found = store.load(device)
     if found:
         _own.add(device)
