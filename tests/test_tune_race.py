@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -101,3 +102,32 @@ def test_quartiles():
     assert spread([3.0]) == (3.0, 3.0, 3.0)
     assert spread([1.0, 2.0, 3.0, 4.0, 5.0]) == (2.0, 3.0, 4.0)
     assert Outcome({"a": [1.0], "b": [2.0]}).winner() == "a"
+
+
+def test_on_a_gpu_events_are_recorded_around_the_run_after_the_cache_is_flushed(monkeypatch):
+    order = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            order.append("record")
+
+        def synchronize(self):
+            order.append("synchronize")
+
+        def elapsed_time(self, end):
+            return 4.0
+
+    class Flush:
+        def zero_(self):
+            order.append("flush")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=1000))
+    monkeypatch.setattr(torch, "empty", lambda size, **_: order.append(size) or Flush())
+    timer = Timer(torch.device("cuda", 0))
+    assert timer.repeats(lambda: None) == 1
+    assert timer.seconds(lambda: order.append("run"), 7) == pytest.approx(0.004)
+    assert order == [2000, "flush", "record", "run", "record", "synchronize"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from unittest import mock
 
@@ -11,8 +12,7 @@ from triton.runtime.errors import OutOfResources
 
 from resnet_fused import plan, tune, winners
 from resnet_fused.engines import triton_site
-from resnet_fused.tuning import candidates, law, session, sites, steps
-from resnet_fused.tuning.measure import Measurement
+from resnet_fused.tuning import candidates, session, sites, steps
 from tests.engine_harness import basic, convolutions, fresh_engine, fused, images, needs_compiler, running
 from tests.test_tune_race import Clock
 from tests.tune_harness import no_winners
@@ -92,8 +92,8 @@ def test_tf32_products_are_held_to_its_mantissa(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     with running(None):
         problem = sites.collect(steps.Step(steps.private_copy(basic(), None, "triton"), (images(),)))[0]
-        prepared = Measurement([], torch.device("cpu"), None, 0.0, None).prepare(problem)
-        own, library = (candidates.variant(problem, name, {}) for name in ("own", "library"))
-        assert problem.shape.tf32 and candidates.fault(own, problem, prepared) is None
-        exact = candidates.Prepared(prepared.inputs, [law.Law(inputs) for inputs in prepared.inputs])
-        assert "FAIL" in candidates.fault(own, problem, exact) and candidates.fault(library, problem, exact) is None
+        prepared = [sites.make_inputs(use, problem.key, torch.device("cpu")) for use in problem.uses]
+        tried = [candidates.variant(problem, name, {}) for name in ("own", "library")]
+        assert problem.shape.tf32 and candidates.faults(tried, problem, prepared) == {}
+        exact = dataclasses.replace(problem, shape=dataclasses.replace(problem.shape, tf32=False))
+        assert set(candidates.faults(tried, exact, prepared)) == {"own"}

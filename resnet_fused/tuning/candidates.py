@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from .. import plan, winners
@@ -26,13 +26,6 @@ class Candidate(NamedTuple):
 
     name: str
     table: Table
-
-
-class Prepared(NamedTuple):
-    """A problem's uses with tensors, each beside the law for it."""
-
-    inputs: list[Inputs]
-    laws: list[Law]
 
 
 def variants(problem: SiteProblem) -> list[str]:
@@ -61,31 +54,38 @@ def in_private() -> Iterator[Mapping[Any, str]]:
         yield refused
 
 
-def fault(candidate: Candidate, problem: SiteProblem, prepared: Prepared, part: str | None = None) -> str | None:
-    """Why a candidate is out: it cannot run the problem, or breaks the numerics law; None when it is right.
+def faults(
+    tried: Sequence[Candidate], problem: SiteProblem, prepared: Sequence[Inputs], part: str | None = None
+) -> dict[str, str]:
+    """Why candidates are out, by their names: they cannot run the problem, or break the numerics law.
 
-    ``part``: as in `law.results`; None: all of it.
+    ``part``: as in `law.results`; None: all of it. One use after another, so that one law is in memory at a time.
     """
+    found: dict[str, str] = {}
+    for inputs in prepared:
+        law = Law(inputs, problem.shape.tf32, part)
+        for candidate in tried:
+            if candidate.name not in found and (reason := _fault(candidate, problem, inputs, law, part)):
+                found[candidate.name] = reason
+    return found
+
+
+def _fault(candidate: Candidate, problem: SiteProblem, inputs: Inputs, law: Law, part: str | None) -> str | None:
     with in_private() as refused, winners.using(candidate.table):
-        for inputs, law in zip(prepared.inputs, prepared.laws):
-            try:
-                got = results(inputs, part)
-            except Exception as error:  # whatever it is, this candidate is not the user's problem
-                return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160] if str(error) else ''}"
-            if problem.shape in refused:
-                return refused[problem.shape]
-            if broken := law.broken_by(got, part):
-                return broken
-    return None
+        try:
+            got = results(inputs, part)
+        except Exception as error:  # whatever it is, this candidate is not the user's problem
+            return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160] if str(error) else ''}"
+        return refused[problem.shape] if problem.shape in refused else law.broken_by(got)
 
 
-def timed(candidate: Candidate, prepared: Prepared, part: str | None = None) -> Run:
+def timed(candidate: Candidate, prepared: Sequence[Inputs], part: str | None = None) -> Run:
     """A part of every use of the problem, by the candidate."""
     work = WORK[part]
 
     def run() -> None:
         with winners.using(candidate.table):
-            for inputs in prepared.inputs:
+            for inputs in prepared:
                 work(inputs)
 
     return run
@@ -106,10 +106,10 @@ WORK: dict[str | None, Callable[[Inputs], object]] = {
 TILED = ("fwd", "dgrad", "wgrad")
 
 
-def tile_problems(kind: str, own: Candidate, prepared: Prepared) -> dict[str, tuple[tiles.Problem, Target]]:
+def tile_problems(kind: str, own: Candidate, prepared: Sequence[Inputs]) -> dict[str, tuple[tiles.Problem, Target]]:
     """The products of one kind for which our kernels choose a tile at this site, by their keys."""
     with in_private(), winners.using(own.table), tiles.noting() as noted:
-        for inputs in prepared.inputs:
+        for inputs in prepared:
             WORK[kind](inputs)
     return {tiles.problem_key(*found): found for found in noted if found[0].kind == kind}
 

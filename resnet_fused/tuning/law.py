@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,12 +13,6 @@ from ..reference import opmath
 from .sites import Inputs
 
 Tensors = dict[str, Tensor]
-_WEIGHT, _GRAD = "grad of weight", "grad of"
-_PARTS: dict[str | None, Callable[[str], bool]] = {
-    "fwd": lambda name: not name.startswith(_GRAD),
-    "dgrad": lambda name: name.startswith(_GRAD) and name != _WEIGHT,
-    "wgrad": lambda name: name == _WEIGHT,
-}
 
 
 def results(inputs: Inputs, part: str | None = None) -> Tensors:
@@ -66,18 +59,18 @@ def _moved(inputs: Inputs, dtype: torch.dtype | None, layout: torch.memory_forma
 class Law:
     """The measure for one use, made once for all candidates: float64, and plain PyTorch in both memory formats.
 
-    ``tf32``: whether the convolution of float32 may run in TF32.
+    Args:
+        tf32: whether the convolution of float32 may run in TF32.  part: as in `results`.
     """
 
-    def __init__(self, inputs: Inputs, tf32: bool = False) -> None:
+    def __init__(self, inputs: Inputs, tf32: bool = False, part: str | None = None) -> None:
         # TF32 has the mantissa of float16: where a product is allowed it, how operands lose theirs is not prescribed.
         self.dtype = torch.float16 if tf32 else inputs.source.y.dtype
         last = torch.channels_last
-        self.ref = {n: t.double() for n, t in results(_moved(inputs, torch.float64, last)).items()}
-        self.eager = [results(_moved(inputs, None, layout)) for layout in (last, torch.contiguous_format)]
+        self.ref = {n: t.double() for n, t in results(_moved(inputs, torch.float64, last), part).items()}
+        self.eager = [results(_moved(inputs, None, layout), part) for layout in (last, torch.contiguous_format)]
 
-    def broken_by(self, got: Tensors, part: str | None = None) -> str | None:
-        """The first tensor that breaks the law, in words; None when all of ``part`` keep it."""
-        names = _PARTS.get(part, lambda _: True)
-        verdicts = judge_all(got, {n: t for n, t in self.ref.items() if names(n)}, self.eager, self.dtype)
+    def broken_by(self, got: Tensors) -> str | None:
+        """The first tensor that breaks the law, in words; None when all keep it."""
+        verdicts = judge_all(got, self.ref, self.eager, self.dtype)
         return next((str(verdict) for verdict in verdicts if not verdict.passed), None)

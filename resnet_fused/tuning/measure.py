@@ -10,10 +10,9 @@ import torch
 from .. import plan
 from ..winners import Winner
 from . import candidates
-from .candidates import Candidate, Prepared
-from .law import Law
+from .candidates import Candidate
 from .race import Outcome, Spread, Timer, race
-from .sites import SiteProblem, make_inputs
+from .sites import Inputs, SiteProblem, make_inputs
 
 Progress = Callable[[int, int, str], object]
 
@@ -72,37 +71,30 @@ class Measurement:
             self._guarded(problem, work)
         self.progress(total, total, "done")
 
-    def _guarded(self, problem: SiteProblem, work: Callable[[SiteProblem, Prepared], None]) -> None:
+    def _guarded(self, problem: SiteProblem, work: Callable[[SiteProblem, list[Inputs]], None]) -> None:
         """``work`` on the problem; what cannot be set up, for want of memory say, stays on the rules."""
         try:
             with torch.no_grad():
-                prepared = self.prepare(problem)
+                prepared = [make_inputs(use, problem.key, self.device) for use in problem.uses]
                 work(problem, prepared)
         except Exception as error:
             self.notes.append(f"{problem}: stays on the rules: {type(error).__name__}: {_first_line(error)}")
-
-    def prepare(self, problem: SiteProblem) -> Prepared:
-        """Tensors for every use of the problem, and the law for them."""
-        inputs = [make_inputs(use, problem.key, self.device) for use in problem.uses]
-        return Prepared(inputs, [Law(one, problem.shape.tf32) for one in inputs])
 
     def _race(
         self,
         tried: list[Candidate],
         problem: SiteProblem,
-        prepared: Prepared,
+        prepared: list[Inputs],
         part: str | None = None,
     ) -> tuple[Outcome | None, list[str]]:
         """The race of those candidates that are right, and why the others are not."""
-        dropped, runs = [], {}
-        for candidate in tried:
-            if reason := candidates.fault(candidate, problem, prepared, part):
-                dropped.append(f"{candidate.name} dropped: {reason}")
-            else:
-                runs[candidate.name] = candidates.timed(candidate, prepared, part)
+        found = candidates.faults(tried, problem, prepared, part)
+        right = [candidate for candidate in tried if candidate.name not in found]
+        runs = {candidate.name: candidates.timed(candidate, prepared, part) for candidate in right}
+        dropped = [f"{name} dropped: {reason}" for name, reason in found.items()]
         return race(runs, self.timer, self.until) if runs else None, dropped
 
-    def _variants(self, problem: SiteProblem, prepared: Prepared) -> None:
+    def _variants(self, problem: SiteProblem, prepared: list[Inputs]) -> None:
         tried = [candidates.variant(problem, name, self._tiles) for name in candidates.variants(problem)]
         outcome, dropped = self._race(tried, problem, prepared)
         if outcome is None:
@@ -113,7 +105,7 @@ class Measurement:
         self.defaults[problem.key] = tried[0].name
         self._keep(problem.key, str(problem), problem.count, outcome, dropped, outcome.winner())
 
-    def _tiles_of(self, problem: SiteProblem, prepared: Prepared) -> None:
+    def _tiles_of(self, problem: SiteProblem, prepared: list[Inputs]) -> None:
         """The tiles of our kernels for a problem that they run or may run; then who runs it, once more."""
         if plan.OWN not in candidates.variants(problem):
             return
