@@ -112,7 +112,7 @@ def turns(request: pytest.FixtureRequest, benchmark: Any) -> Turns:
         rows.extend((0.0, f"did not run: {title}: {name}: {reason}") for name, reason in race.failed.items())
         figures = {name: race.figures(name) for name in race.finished()}
         medians = {name: medians_of(found["milliseconds"]) for name, found in figures.items()}
-        peaks = {name: found.peak for name, found in memory.items()}
+        peaks = {name: found.peak for name, found in memory.items() if found.peak is not None}
         for name in race.finished()[1:]:
             found = race.compare(OURS, name)
             rows.append((found.ratio, line(title, found, medians, peaks)))

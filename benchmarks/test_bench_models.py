@@ -29,7 +29,7 @@ def test_model(name: str, benchmark: Any, request: pytest.FixtureRequest, baseli
     for result in session.results:
         rows = [row for row in result["contestants"] if not row["failed"]]
         times = {row["label"]: medians_of(row["milliseconds"]) for row in rows}
-        peaks = {row["label"]: row["peak_bytes"] for row in rows}
+        peaks = {row["label"]: row["peak_bytes"] for row in rows if row["peak_bytes"] is not None}
         title = f"{name} {result['mode']}, {option.batch}x3x{option.image}x{option.image}"
         for pair in result["comparisons"]:
             names = {side: report.by_name(result)[pair[side]]["label"] for side in ("ours", "against")}

@@ -129,6 +129,13 @@ def test_peak_memory_counts_what_stands_at_once():
     assert 8 << 20 <= found.peak < 9 << 20 and found.kept == 0
 
 
+def test_without_the_profiler_the_peak_is_not_known(monkeypatch):
+    monkeypatch.setattr(torch.profiler, "kineto_available", lambda: False)
+    step = TrainingStep(cifar_resnet(8, fused=False), [(torch.randn(2, 3, 8, 8), torch.tensor([1, 2]))])
+    found = memory.measure(step)
+    assert found.peak is None and found.kept > 0 and len(step.losses) == 1
+
+
 def test_memory_needs_no_step_of_its_own_numbers():
     model = cifar_resnet(8, fused=False)
     step = TrainingStep(model, [(torch.randn(2, 3, 8, 8), torch.tensor([1, 2]))])

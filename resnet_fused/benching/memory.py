@@ -18,10 +18,11 @@ class Memory(NamedTuple):
     Args:
         peak: the most that is allocated at once in the step, above parameters, buffers, optimizer state and
             input: activations, gradients, temporaries. What a library allocates behind torch's back is not seen.
+            None on a CPU whose torch was built without its profiler.
         kept: what the forward keeps for the backward.
     """
 
-    peak: int
+    peak: int | None
     kept: int
 
 
@@ -48,11 +49,14 @@ def _peak_of_gpu(run: Callable[[], object], device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def _peak_of_cpu(run: Callable[[], object]) -> int:
+def _peak_of_cpu(run: Callable[[], object]) -> int | None:
     """By torch's own records of every allocation and release."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler greets on stderr
-    from torch.profiler import ProfilerActivity, profile
+    from torch.profiler import ProfilerActivity, kineto_available, profile
 
+    if not kineto_available():
+        run()
+        return None
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         run()
     results = profiler.profiler.kineto_results
