@@ -1,29 +1,26 @@
 """Host time of a block on the CPU, one thread: images so small that what is timed is Python, dispatch and set-up.
 
-Ours against eager channels_last, in turns, forward alone and forward + backward. The figure of merit is at most 1.0:
-ours over eager, the inverse of the table's speed-up.
+Ours against eager channels_last, in turns, forward alone and forward + backward. Where eager takes less time
+than ours, the ratio of the table is below 1.
 
 python -m pytest benchmarks/test_bench_overhead.py --benchmark-quiet --rounds 101
 """
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from benchmarks.conftest import TABLES
-from benchmarks.race import OURS, Race, Step, gate, train_step
+from benchmarks.cases import contestants, prove
 from benchmarks.test_bench_blocks import projection
-from resnet_fused import fuse
+from resnet_fused.benching.contest import GradientStep
+from resnet_fused.benching.race import Mark, Step
 from resnet_fused.eager import BasicBlock, Bottleneck
 from resnet_fused.resnet import BUILDERS
 
-EAGER = "eager channels_last"
 STEPS_IN_A_ROUND = 10
 
 # the model and its input's channels and size; batch 2
@@ -44,43 +41,34 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def forward_alone(model: nn.Module, x: Tensor, _: Tensor) -> Step:
-    """The forward with its graph, which dies at once."""
-
-    def step() -> None:
-        model(x)
-
-    return step
+def quiet(phase: str) -> None:
+    """A step in a round has no phases of its own."""
 
 
-def repeated(step: Step, times: int) -> Step:
-    def run() -> None:
+def repeated(step: GradientStep, times: int, backward: bool) -> Step:
+    """So many steps as one; without the backward the forward's graph dies at once."""
+
+    def run(mark: Mark) -> None:
         for _ in range(times):
-            step()
+            if backward:
+                step(quiet)
+            else:
+                step.model(step.x)
 
     return run
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("direction", ["forward", "forward + backward"])
 @pytest.mark.parametrize("name", CASES)
-def test_overhead(name, direction, one_thread, benchmark, request):
+def test_overhead(name, direction, one_thread, benchmark, turns):
     torch.manual_seed(0)
     build, channels, size = CASES[name]
-    stock = build().to(memory_format=torch.channels_last)
-    shape = (2, channels, size, size)
-    gate(stock, shape)
-    x = torch.randn(shape).contiguous(memory_format=torch.channels_last).requires_grad_(channels > 3)
-    with torch.no_grad():
-        dout = torch.randn_like(copy.deepcopy(stock)(x))
-    make = forward_alone if direction == "forward" else train_step
-    models = {EAGER: copy.deepcopy(stock), OURS: fuse(copy.deepcopy(stock), memory="speed")}
+    stock, shape = build(), (2, channels, size, size)
+    prove(stock, shape)
+    x = torch.randn(shape, requires_grad=channels > 3)
+    made = contestants(stock, x, ("nhwc",))
     times = 1 if name == "cifar-20" else STEPS_IN_A_ROUND
-    race = Race({label: repeated(make(model, x, dout), times) for label, model in models.items()})
-    race.warm_up(request.config.getoption("--warm-up") + 3)
-    rounds = request.config.getoption("--rounds")
-    benchmark.pedantic(race.round, rounds=rounds, iterations=1, warmup_rounds=0)
-    rows = race.rows()
-    benchmark.extra_info.update(shape=list(shape), dtype="fp32", rows=[dataclasses.asdict(row) for row in rows])
-    head = f"{name}, {'x'.join(map(str, shape))} fp32, {direction}, {times} steps a round, {rounds} rounds in turns"
-    ratio = 1 / rows[0].speedup
-    request.config.stash[TABLES].append("\n".join([f"{head}: ours / eager {ratio:.2f}", *(f"  {row}" for row in rows)]))
+    steps = {label: repeated(step, times, direction != "forward") for label, step in made.items()}
+    turns(f"host time, {name}, {'x'.join(map(str, shape))}, {direction}, {times} steps", steps)
+    benchmark.extra_info.update(shape=list(shape), dtype="fp32", steps=times)

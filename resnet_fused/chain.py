@@ -74,9 +74,7 @@ def hand_stride(link: Link, engine: str) -> int:
     return conv.stride[0] if stepping and conv_padding(conv) == (0, 0) else 1
 
 
-def _residual(
-    link: Link, engine: str, x: Tensor, step: int = 1
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _residual(link: Link, engine: str, x: Tensor, step: int = 1) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The block's shortcut as the triple a close reads: tensor, and for a projection moments and carrier.
 
     ``x`` is the block's input, every ``step``-th pixel of it.

@@ -94,25 +94,25 @@ class GradientStep(Contestant):
 
     def __init__(self, model: nn.Module, x: Tensor, dout: Tensor) -> None:
         super().__init__(model.train())
-        self._x, self._dout = x, dout
+        self.x, self._dout = x, dout
 
     def __call__(self, mark: Mark) -> None:
         """One step; phases are forward and backward."""
         self.release()
         with self.watch:
-            out = self.model(self._x)
+            out = self.model(self.x)
         mark("forward")
         out.backward(self._dout)
         mark("backward")
 
     def given(self) -> list[Tensor]:
         """Parameters, buffers, the input and the gradient of the output."""
-        return [*super().given(), self._x, self._dout]
+        return [*super().given(), self.x, self._dout]
 
     def release(self) -> None:
         """Drop the gradients of the step before, the input's too."""
         super().release()
-        self._x.grad = None
+        self.x.grad = None
 
 
 class Inference(Contestant):

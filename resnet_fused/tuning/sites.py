@@ -160,7 +160,7 @@ class Inputs(NamedTuple):
         if y is None or moments is None or g is None or sums is None:
             return SiteGrads()
         needs = own if needs is None else needs
-        return site.site_backward(call, source, x, params.weight, y, moments, g, sums, dskip, needs, mask)
+        return site.site_backward(call, source, x, params[:4], y, moments, g, sums, dskip, needs, mask)
 
 
 def make_inputs(use: Use, key: str, device: torch.device) -> Inputs:

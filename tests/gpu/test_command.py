@@ -12,11 +12,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from benchmarks import gpu
-from benchmarks.race import Row
 from resnet_fused.cli import check
-
-ROW = Row("fused", 1.0, 0.9, 1.1, 1.0, 1.0, 1.0)
-
 
 def test_without_a_gpu_it_says_so_in_one_line_and_exits_with_2(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -25,14 +21,29 @@ def test_without_a_gpu_it_says_so_in_one_line_and_exits_with_2(monkeypatch, caps
 
 
 @pytest.mark.parametrize("failing", [None, "check"])
-def test_the_results_file_has_the_machine_and_only_times_what_passed(failing, monkeypatch, tmp_path, capsys):
-    properties = SimpleNamespace(name="NVIDIA Thing-1 80GB", total_memory=1, multi_processor_count=2)
+def test_only_what_passed_is_timed_and_the_file_says_so(failing, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
-    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 90000)
     monkeypatch.setattr(gpu, "RESULTS", tmp_path)
-    monkeypatch.setattr(gpu, "race", lambda network, dtype: [ROW])
+    timed = []
+    document = {"machine": {"gpu": "NVIDIA Thing-1 80GB"}, "not_timed": [], "results": []}
+
+    class Stub:
+        interrupted = False
+
+        def __init__(self, settings, say):
+            assert settings.device == "cuda" and settings.dtype == "bf16"
+
+        def run(self):
+            timed.append(True)
+
+        def document(self, command):
+            return {**document, "command": command}
+
+        def exit_code(self):
+            return 0
+
+    monkeypatch.setattr(gpu, "Session", Stub)
     names = {tuple(command): name for name, command in gpu.commands("bf16").items()}
 
     def run(command, check):
@@ -42,9 +53,7 @@ def test_the_results_file_has_the_machine_and_only_times_what_passed(failing, mo
     assert gpu.main() == (1 if failing else 0)
     found = json.loads((tmp_path / "gpu-nvidia-thing-1-80gb.json").read_text())
     assert found["passed"] == {name: name != failing for name in names.values()}
-    assert found["machine"]["gpu"] == "NVIDIA Thing-1 80GB" and found["machine"]["dtype"] == "bf16"
-    assert {"torch", "triton", "cuda", "date"} <= found["machine"].keys()
-    assert set(found["training_step"]) == (set() if failing else set(gpu.NETWORKS))
+    assert found["command"] == "make gpu" and bool(timed) == (failing is None)
     assert ("FAILED" in capsys.readouterr().out) == bool(failing)
 
 
