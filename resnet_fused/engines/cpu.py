@@ -2,9 +2,10 @@
 
 Activations are float32, bfloat16, float16 or float64; per-channel values are float32, or float64 for
 float64 activations. Inputs that are not channels_last are copied first; outputs always are. The
-convolutions are PyTorch's own. The library may be absent (a pure-Python install): importing this
-module then still works, `load` says why, and calling a primitive raises RuntimeError with the reason.
-Every primitive raises RuntimeError naming the op, the argument, what was expected and what came.
+convolutions are PyTorch's own, but for small ones inside a whole site (`cpu_site`). The library may be
+absent (a pure-Python install): importing this module then still works, `load` says why, and calling a
+primitive raises RuntimeError with the reason. Every primitive raises RuntimeError naming the op, the
+argument, what was expected and what came.
 
 RESNET_FUSED_CPU_ISA (baseline, avx2 or avx512) overrides the instruction set chosen at run time.
 """

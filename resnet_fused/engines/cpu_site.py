@@ -1,8 +1,9 @@
 """A whole site on the CPU in one op: the primitives around PyTorch's convolution, without a call for each of them.
 
 What the ops do, in which order, is `engines.library`, their specification: results differ from it by rounding where a
-small 1x1 convolution runs as a matrix product, and not at all elsewhere. What an op refuses, and a library built
-before the ops existed, goes to `engines.library` too, whose error then names what is wrong in torch's own words.
+small float32 or float64 convolution runs as one matrix product, and not at all elsewhere. What an op refuses, and a
+library built before the ops existed, goes to `engines.library` too, whose error then names what is wrong in torch's own
+words.
 """
 
 from __future__ import annotations
