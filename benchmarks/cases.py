@@ -26,7 +26,8 @@ def contestants(stock: nn.Module, x: Tensor, baselines: tuple[str, ...]) -> dict
         dout = torch.randn_like(copy.deepcopy(stock)(x))
 
     def placed(t: Tensor, layout: torch.memory_format) -> Tensor:
-        return t.detach().clone(memory_format=layout).requires_grad_(t.requires_grad)
+        copied = t.detach().clone(memory_format=layout if t.dim() == 4 else torch.contiguous_format)
+        return copied.requires_grad_(t.requires_grad)
 
     def step(model: nn.Module, layout: torch.memory_format) -> GradientStep:
         return GradientStep(model, placed(x, layout), placed(dout, layout))

@@ -11,14 +11,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from . import engines, projected
+from . import engines
 from .calls import NO_SKIP, SiteCall, SiteParams, Skip, handed
 from .closed import ClosedSiteFunction
 from .infer import infer_link, infers
 from .links import Link, bind, child, conv_padding, plain_projection, weight_and_bias
 from .nodes import CloseFunction, NodeCall, Pending, PoolFunction, SiteFunction
 from .recompute import RecomputeFunction
-from .spec import SiteSpec
 
 _POINTWISE = (1, 1)
 _STEPPING = ("triton",)  # engines whose kernels load a view that steps over pixels

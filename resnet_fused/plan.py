@@ -28,6 +28,7 @@ _FILTERS = (1, 3, 5, 7)
 _IMAGE_CHANNELS = 4
 _VECTOR_BYTES = 16
 _MOST_PIXELS = 2**31 - 2**16
+SMALL_SHORTCUT = 2**19  # multiplications: up to here the CPU engine runs a site as one product in one op
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,7 +210,18 @@ def choose(shape: ConvShape) -> Variant:
 def shortcut(shape: ConvShape, engine: str) -> Variant:
     """Who runs a block's shortcut that the projection ops can run; without them the engine runs it as any site."""
     names = (EXTENSION, LIBRARY, OWN) if engine == "triton" else (EXTENSION, LIBRARY)
-    return _measured(shape, engine, names) or Variant(EXTENSION, "batch norm inside the projection ops")
+    if measured := _measured(shape, engine, names):
+        return measured
+    if is_small_shortcut(engine, (shape.n, shape.c, shape.h, shape.w), shape.stride, shape.k, shape.dtype):
+        return Variant(LIBRARY, "so small that its calls cost more than its products")
+    return Variant(EXTENSION, "batch norm inside the projection ops")
+
+
+def is_small_shortcut(engine: str, size: Sequence[int], stride: Pair, k: int, dtype: torch.dtype) -> bool:
+    """Whether the rules leave a shortcut to the CPU engine's own op, which is one call where the others are five."""
+    n, c, h, w = size
+    taken = engine == "cpu" and dtype in (torch.float32, torch.float64)
+    return taken and n * c * k * h * w <= SMALL_SHORTCUT * stride[0] * stride[1]
 
 
 def prologue(variant: str, source: str, skip: str, owns_every_pixel: bool) -> Variant:

@@ -43,12 +43,12 @@ def runs(call: SiteCall, source: Source, weight: Tensor) -> bool:
 def _wins(call: SiteCall, x: Tensor, weight: Tensor) -> bool:
     """Whether nothing else was measured to be faster; sizes that torch.compile keeps open were not measured."""
     winners.ready_for(x.device)
-    if not winners.token:
-        return True
     if torch.compiler.is_compiling():
         known = torch.fx.experimental.symbolic_shapes.has_static_value
         if not all(known(size) for size in x.shape):
             return True
+    if not winners.token:
+        return not plan.is_small_shortcut(call.engine, x.shape, call.stride, weight.shape[0], x.dtype)
     convolution = (call.stride, call.padding, call.dilation, call.groups)
     return _extension_wins(
         call.engine, convolution, tuple(x.shape), tuple(x.stride()), tuple(weight.shape), x.dtype, x.device

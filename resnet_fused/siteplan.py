@@ -167,7 +167,7 @@ def _variant(
         shape = _handed(shape, 1 if recomputes(link) else hand_stride(link, engine))
     if shortcut and projected.takes(engine, x, conv.weight, conv_padding(conv), conv.groups):
         runs = plan.shortcut(shape, engine)
-        if runs.name == plan.EXTENSION:
+        if runs.name == plan.EXTENSION or engine != "triton":
             return engine, runs
     if engine == "triton":
         return engine, plan.choose(shape)

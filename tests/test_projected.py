@@ -17,6 +17,11 @@ CPU = projection.unavailable(torch.device("cpu"), torch.float32)
 needs_ops = pytest.mark.skipif(CPU is not None, reason=f"the projection ops cannot run: {CPU}")
 
 
+@pytest.fixture(autouse=True)
+def none_is_small(monkeypatch):
+    monkeypatch.setattr(plan, "SMALL_SHORTCUT", 0)
+
+
 def shortcut(block: type, channels: int, stride: int, bias: bool = False) -> nn.Module:
     made = block(channels, 8, stride, nn.Sequential(nn.Conv2d(channels, 8 * block.expansion, 1, stride, bias=bias)))
     made.downsample.append(nn.BatchNorm2d(8 * block.expansion))
@@ -117,3 +122,14 @@ def test_only_a_plain_pointwise_shortcut_runs_by_the_ops():
     assert not projected.runs(call, Source("plain", x), torch.randn(4, 8, 3, 3))
     assert not projected.runs(call, Source("pending", x), weight)
     assert not projected.runs(call, Source("plain", x.half()), weight.double())
+
+
+@needs_ops
+def test_a_small_shortcut_is_left_to_the_engine(monkeypatch):
+    x = torch.randn(2, 12, 7, 9)
+    products = 2 * 12 * 8 * 7 * 9 // 4
+    for most, ops in ((products - 1, 3), (products, 0)):
+        monkeypatch.setattr(plan, "SMALL_SHORTCUT", most)
+        for dtype, expected in ((torch.float32, ops), (torch.bfloat16, 3)):
+            fused = hold_to_law(shortcut(BasicBlock, 12, 2), x, dtype, engine="cpu")
+            assert len(called(fused, x.to(dtype).requires_grad_())) == expected

@@ -119,8 +119,11 @@ def test_a_hooked_block_has_no_plan():
     assert next(site.source for site in plans if site.conv == "layer1.1.conv1") == "plain"
 
 
-def test_the_shortcut_says_who_runs_it():
+def test_the_shortcut_says_who_runs_it(monkeypatch):
     model = fuse(BUILDERS["resnet18"](fused=False))
+    found = next(site for site in site_plans(model, META) if site.conv == "layer4.0.downsample.0")
+    assert found.variant.name == plan.LIBRARY and "so small" in found.variant.reason
+    monkeypatch.setattr(plan, "SMALL_SHORTCUT", 0)
     found = next(site for site in site_plans(model, META) if site.conv == "layer2.0.downsample.0")
     absent = unavailable(torch.device("cpu"), torch.float32)
     assert found.variant.name == (plan.EXTENSION if absent is None else plan.LIBRARY)

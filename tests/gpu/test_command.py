@@ -14,6 +14,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from benchmarks import gpu
 from resnet_fused.cli import check
 
+
 def test_without_a_gpu_it_says_so_in_one_line_and_exits_with_2(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu.main() == 2
@@ -26,7 +27,7 @@ def test_only_what_passed_is_timed_and_the_file_says_so(failing, monkeypatch, tm
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     monkeypatch.setattr(gpu, "RESULTS", tmp_path)
     timed = []
-    document = {"machine": {"gpu": "NVIDIA Thing-1 80GB"}, "not_timed": [], "results": []}
+    document = {"machine": {"gpu": "NVIDIA Thing-1 80GB"}, "settings": {"rounds": 1}, "not_timed": [], "results": []}
 
     class Stub:
         interrupted = False
