@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from resnet_fused import plan, projected, projection, winners
 from resnet_fused.eager_blocks import BasicBlock
-from resnet_fused.engines import library
+from resnet_fused.engines import cpu_site
 from resnet_fused.tuning import Timer
 from resnet_fused.tuning.steps import Step
 from resnet_fused.winners import store
@@ -24,8 +24,9 @@ needs_ops = pytest.mark.skipif(CPU is not None, reason=f"the projection ops cann
 
 @pytest.fixture(autouse=True)
 def no_winners(monkeypatch, tmp_path):
-    """An empty table, no file looked for, and a folder of our own."""
+    """An empty table, no file looked for, a folder of our own, and no shortcut so small that the rules keep it."""
     monkeypatch.setattr(plan, "_refused", {})
+    monkeypatch.setattr(plan, "SMALL_SHORTCUT", 0)
     monkeypatch.setattr(store, "_warned", set())
     monkeypatch.setenv(store.VARIABLE, str(tmp_path / "cache"))
     monkeypatch.delenv(winners.SWITCH, raising=False)
@@ -80,7 +81,7 @@ class Clock:
     @contextlib.contextmanager
     def running(self, wrong: Callable[[Tensor], Tensor] | None = None) -> Iterator[Clock]:
         """Let the clock go in the block; ``wrong`` is done to what the library's convolution makes of a shortcut."""
-        own, vendor, step = projected.site_forward, library.site_forward, Step.__call__
+        own, vendor, step = projected.site_forward, cpu_site.site_forward, Step.__call__
 
         def extension(engine, call, *rest):
             self.pass_("extension")
@@ -88,7 +89,7 @@ class Clock:
 
         def by_library(engine, call, *rest):
             made = vendor(engine, call, *rest)
-            if not call.projection or call.engine != "cpu":
+            if not call.projection:
                 return made
             self.pass_("library")
             return made if wrong is None else made._replace(y=wrong(made.y))
@@ -99,7 +100,7 @@ class Clock:
 
         with (
             mock.patch.object(projected, "site_forward", extension),
-            mock.patch.object(library, "site_forward", by_library),
+            mock.patch.object(cpu_site, "site_forward", by_library),
             mock.patch.object(Step, "__call__", whole),
         ):
             yield self

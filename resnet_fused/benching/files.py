@@ -28,8 +28,10 @@ def check_writable(path: Path, flag: str) -> None:
         raise UserError(f"bench: {flag} {path}: cannot be written: {error.strerror}") from error
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes, what: str = "bench:") -> None:
     """Write beside ``path``, then rename: ``path`` is always a whole file, the old one or the new one.
+
+    ``what``: the command, and the flag that named the file, as an error begins.
 
     Raises:
         UserError: the folder cannot be written to, or the disk is full.
@@ -42,19 +44,19 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"bench: {path}: cannot be written: {error.strerror}") from error
+        raise UserError(f"{what} {path}: cannot be written: {error.strerror}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path: Path, document: dict[str, Any]) -> None:
+def write_json(path: Path, document: Any, what: str = "bench:") -> None:
     """Write ``document`` atomically; what is no finite number becomes null.
 
     Raises:
         UserError: as `write_atomically`.
     """
-    text = json.dumps(_finite(document), indent=1, allow_nan=False)
-    write_atomically(path, f"{text}\n".encode())
+    text = json.dumps(_finite(document), indent=1, allow_nan=False, default=str)
+    write_atomically(path, f"{text}\n".encode(), what)
 
 
 def _finite(value: Any) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,9 +42,6 @@ def write_json(path: str, found: Any, command: str) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    from ..train.errors import UserError
+    from ..benching.files import write_json as write
 
-    try:
-        Path(path).write_text(json.dumps(found, indent=1, default=str) + "\n")
-    except OSError as error:
-        raise UserError(f"{command}: --json {path}: cannot be written: {error}") from error
+    write(Path(path), found, f"{command}: --json")

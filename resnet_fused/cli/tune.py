@@ -8,11 +8,10 @@ processes on this device, with the same versions, use what is kept; RESNET_FUSED
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from typing import Any
 
-from ._console import MEMORY_MODES, add_model, print_table
+from ._console import MEMORY_MODES, add_model, print_table, write_json
 
 HELP = "measure the candidates at every site on this device, and keep the winners"
 
@@ -57,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     except (ValueError, RuntimeError) as error:
         raise UserError(f"tune: {args.model}: {(str(error).strip().splitlines() or [repr(error)])[0]}") from error
     if args.json:
-        _write(args.json, report.as_dict())
+        write_json(args.json, report.as_dict(), "tune")
     _print(report)
     return 130 if report.interrupted else 0
 
@@ -111,17 +110,6 @@ class _Bar:
         if self._bar is None:
             self._bar = Progress(total, stream=sys.stderr).__enter__()
         self._bar.update(done, text)
-
-
-def _write(path: str, found: dict[str, Any]) -> None:
-    from pathlib import Path
-
-    from ..train.errors import UserError
-
-    try:
-        Path(path).write_text(json.dumps(found, indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"tune: --json {path}: cannot be written: {error}") from error
 
 
 def _print(report: Any) -> None:

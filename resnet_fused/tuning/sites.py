@@ -16,6 +16,9 @@ from torch import Tensor
 
 from .. import plan, projected, site, winners
 from ..calls import SiteCall, SiteGrads, SiteOutputs, SiteParams, Source
+from ..nodes import site_gradients
+
+VECTORS = ("conv_bias", "gamma", "beta")
 
 
 class TensorSpec(NamedTuple):
@@ -155,12 +158,19 @@ class Inputs(NamedTuple):
         return site.site_forward(self.call, self.source, self.params)
 
     def backward(self, needs: tuple[bool, bool] | None = None) -> SiteGrads:
-        """`site.site_backward`, for the gradients that the step needs or for ``needs``; none without a backward."""
+        """`nodes.site_gradients`, for the gradients that the step needs or for ``needs``; none without a backward.
+
+        Those of bias and affine come with the weight's, whether the engine makes them or they follow from the sums.
+        """
         call, source, params, x, mask, y, moments, g, sums, dskip, own = self
         if y is None or moments is None or g is None or sums is None:
             return SiteGrads()
         needs = own if needs is None else needs
-        return site.site_backward(call, source, x, params[:4], y, moments, g, sums, dskip, needs, mask)
+        wanted = (needs[1],) * 4
+        grads, (_, bias, gamma, beta, *_) = site_gradients(
+            call, source, x, params[:4], y, moments, g, sums, dskip, needs[0], wanted, mask
+        )
+        return grads._replace(**dict.fromkeys(VECTORS) if not needs[1] else dict(zip(VECTORS, (bias, gamma, beta))))
 
 
 def make_inputs(use: Use, key: str, device: torch.device) -> Inputs:
