@@ -3,8 +3,8 @@
 //
 // One operand is packed a block at a time and stays in the second-level cache; the other one streams past it,
 // a panel or a few at a time. A block of the first is packed once for all that streams past it, and neither is
-// ever written to memory packed. What streams is packed again for every block that resides, at about 4 / (columns of the
-// block) of the FMAs' time.
+// ever written to memory packed. What streams is packed again for every block that resides, at about 4 / (columns of
+// the block) of the FMAs' time.
 //
 //   MultiplyRows      the right operand (a weight) resides, rows of activations stream past: forward, dgrad
 //   MultiplyColumns   the depth is rows of activations, the left operand resides: wgrad

@@ -7,15 +7,15 @@
 // time plus the stores', reads being asked for while tiles are computed; measured is the least of interleaved runs on a
 // machine whose other thread is at work, where the same micro-kernel alone, in cache, does 110 to 130 GFLOP/s.
 //
-//   site     GFLOP      forward MB   predicted, measured ms   backward MB       predicted, measured ms
-//   layer1   0.8 (x 2)   6 + 26      6.0    8.5                116 +  6         10.5   19
-//   layer2   1.6 (x 2)   7 + 13     10.3   12.6                 84 + 26         20.6   30
-//   layer3   1.6 (x 2)   5 +  6     10.5   13.1                 43 + 15         20.3   30
-//   layer4   1.6 (x 2)  10 +  3     10.1   13.3                 29 + 15         21.4   30
+//   site     GFLOP      forward: MB   predicted, measured ms   backward: MB   predicted, measured ms
+//   layer1   0.8 (x 2)      6 + 26       6.0       8.5            116 +  6        10.5      19
+//   layer2   1.6 (x 2)      7 + 13      10.3      12.6             84 + 26        20.6      30
+//   layer3   1.6 (x 2)      5 +  6      10.5      13.1             43 + 15        20.3      30
+//   layer4   1.6 (x 2)     10 +  3      10.1      13.3             29 + 15        21.4      30
 //
-// What misses: the micro-kernel's 46 instructions for 28 FMAs, which a core that is shared with another thread seems not
-// to issue at full FMA speed (a quiet core did 150 to 179 GFLOP/s); at layer1, where products are only 64 deep, also a
-// tile's store and statistics, a tenth of its FMAs.
+// What misses: the micro-kernel's 46 instructions for 28 FMAs, which a core that is shared with another thread seems
+// not to issue at full FMA speed (a quiet one did 150 to 179 GFLOP/s); at layer1, where products are only 64 deep,
+// also a tile's store and statistics, a tenth of its FMAs.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
