@@ -1,4 +1,4 @@
-"""Fixtures of the training tests, devices of the equivalence tests; the thread count is put back after every test."""
+"""Fixtures of the training tests, devices of the equivalence tests; every test starts from one seed and thread count."""
 
 import dataclasses
 import os
@@ -37,6 +37,12 @@ def device(request, monkeypatch):
 def dataset():
     whole = datasets.load("synthetic", image_size=8)
     return dataclasses.replace(whole, test_images=whole.test_images[:64], test_labels=whole.test_labels[:64])
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """What a test draws does not depend on the tests before it."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
