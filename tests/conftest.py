@@ -1,4 +1,4 @@
-"""Fixtures of the training tests, devices of the equivalence tests; every test starts from one seed and thread count."""
+"""Fixtures of the training tests, devices of the equivalence tests; every test has one seed and thread count."""
 
 import dataclasses
 import os
