@@ -40,7 +40,7 @@ _ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_
 class OperatorRecord:
     """One ATen operator: name, bytes of its tensors by kind, ``(read, written)``, FLOPs, and the layer's storage.
 
-    ``named``: it read a parameter of that layer itself.
+    ``named``: it read a parameter of that layer itself, or is one of the layer's own products.
     """
 
     name: str
@@ -53,6 +53,17 @@ class OperatorRecord:
     def moved(self) -> int:
         """Bytes read and written."""
         return sum(sum(sides) for sides in self.bytes.values())
+
+
+def _projection_flops(operator: str, args: tuple[Any, ...]) -> int:
+    """Of the C++ ops of a shortcut's 1x1 convolution, from their tensors; 0 for any other operator."""
+    if operator == "projection_fwd":
+        x, weight, _, stride, *_ = args
+        pixels = x.shape[0] * -(-x.shape[2] // stride[0]) * -(-x.shape[3] // stride[1])
+        return 2 * pixels * weight.shape[0] * weight.shape[1]
+    if operator == "projection_dgrad":
+        return 2 * args[0].numel() * args[2].shape[1]
+    return 2 * args[0].numel() * args[2].shape[1] if operator == "projection_wgrad" else 0
 
 
 class OperatorCount(TorchDispatchMode):
@@ -96,8 +107,12 @@ class OperatorCount(TorchDispatchMode):
             weights = tuple(nbytes(side) - part for side, part in zip((read, written), activations))
             moved = {"activations": activations, "weights": weights}
             formula = flop_registry.get(operator.overloadpacket)
-            flops = formula(*args, **(kwargs or {}), out_val=out) if formula is not None else 0
-            self.records.append(OperatorRecord(str(operator), moved, flops, owner(), named is not None))
+            if formula is not None:
+                flops = formula(*args, **(kwargs or {}), out_val=out)
+            else:
+                flops = _projection_flops(operator.overloadpacket.__name__, args)
+            own = named is not None or flops > 0
+            self.records.append(OperatorRecord(str(operator), moved, flops, owner(), own))
         return out
 
     def _is_image(self, t: Tensor) -> bool:

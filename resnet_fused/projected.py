@@ -17,21 +17,29 @@ from torch.autograd.function import once_differentiable
 from . import plan, projection, winners
 from .calls import SiteCall, SiteGrads, SiteOutputs, SiteParams, Source, unhanded
 from .engines import library
+from .kernels.launch import attribute, is_counting
 
+_CPU = torch.device("cpu")
 _DEVICES = {"cpu": "cpu", "triton": "cuda"}  # an engine to the device whose ops it uses
 
 
 def takes(engine: str, x: Tensor, weight: Tensor, padding: tuple[int, int], groups: int) -> bool:
     """Whether the projection ops run a convolution of ``x`` for ``engine``."""
+    device = _device(engine, x)
     return (
-        x.device.type == _DEVICES.get(engine)
+        device.type == _DEVICES.get(engine)
         and tuple(weight.shape[2:]) == (1, 1)
         and tuple(padding) == (0, 0)
         and groups == 1
         and weight.dtype in (x.dtype, torch.float32)
         and not plan.forced()
-        and projection.unavailable(x.device, x.dtype) is None
+        and projection.unavailable(device, x.dtype) is None
     )
+
+
+def _device(engine: str, x: Tensor) -> torch.device:
+    """Where ``x`` is, or would be: a step of the CPU engine is counted on the meta device."""
+    return _CPU if engine == "cpu" and x.is_meta and is_counting() else x.device
 
 
 def runs(call: SiteCall, source: Source, weight: Tensor) -> bool:
@@ -42,7 +50,8 @@ def runs(call: SiteCall, source: Source, weight: Tensor) -> bool:
 
 def _wins(call: SiteCall, x: Tensor, weight: Tensor) -> bool:
     """Whether nothing else was measured to be faster; sizes that torch.compile keeps open were not measured."""
-    winners.ready_for(x.device)
+    device = _device(call.engine, x)
+    winners.ready_for(device)
     if torch.compiler.is_compiling():
         known = torch.fx.experimental.symbolic_shapes.has_static_value
         if not all(known(size) for size in x.shape):
@@ -51,7 +60,7 @@ def _wins(call: SiteCall, x: Tensor, weight: Tensor) -> bool:
         return not plan.is_small_shortcut(call.engine, x.shape, call.stride, weight.shape[0], x.dtype)
     convolution = (call.stride, call.padding, call.dilation, call.groups)
     return _extension_wins(
-        call.engine, convolution, tuple(x.shape), tuple(x.stride()), tuple(weight.shape), x.dtype, x.device
+        call.engine, convolution, tuple(x.shape), tuple(x.stride()), tuple(weight.shape), x.dtype, device
     )
 
 
@@ -116,6 +125,7 @@ def site_backward(
     needs: tuple[bool, bool],
 ) -> SiteGrads:
     """See `resnet_fused.site.site_backward`. A shortcut has no ReLU of its own: ``g`` is taken as it is."""
+    attribute(weight)
     normed = sums if call.training else None
     dx = dw = None
     if needs[0]:

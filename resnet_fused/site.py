@@ -20,6 +20,7 @@ from torch import Tensor
 from . import engines, projected
 from .calls import SiteCall, SiteGrads, SiteOutputs, SiteParams, Source
 from .engines import cpu_site, library
+from .kernels.launch import is_counting
 
 _watcher: Callable[..., Any] | None = None
 
@@ -56,7 +57,7 @@ def site_forward(call: SiteCall, source: Source, params: SiteParams) -> SiteOutp
     engine = engines.get(call.engine)
     if call.projection and projected.runs(call, source, params.weight):
         return projected.site_forward(engine, call, source, params)
-    if call.engine == "cpu":
+    if call.engine == "cpu" and not is_counting():
         return cpu_site.site_forward(engine, call, source, params)
     if hasattr(engine, "site_forward"):
         return engine.site_forward(call, source, params)
@@ -68,7 +69,7 @@ def site_rebuild(call: SiteCall, source: Source, weight: Tensor) -> Tensor:
     engine = engines.get(call.engine)
     if call.projection and projected.runs(call, source, weight):
         return projected.site_rebuild(call, source, weight)
-    if call.engine == "cpu":
+    if call.engine == "cpu" and not is_counting():
         return cpu_site.site_rebuild(engine, call, source, weight)
     if hasattr(engine, "site_rebuild"):
         return engine.site_rebuild(call, source, weight)
@@ -105,7 +106,7 @@ def site_backward(
     engine = engines.get(call.engine)
     if call.projection and projected.runs(call, source, weight):
         return projected.site_backward(call, source, weight, y, moments, g, sums, dskip, needs)
-    if call.engine == "cpu":
+    if call.engine == "cpu" and not is_counting():
         return cpu_site.site_backward(engine, call, source, x, params, y, moments, g, sums, dskip, needs)
     if hasattr(engine, "site_backward"):
         return engine.site_backward(call, source, x, weight, y, moments, g, sums, dskip, needs, mask)
