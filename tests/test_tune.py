@@ -225,6 +225,7 @@ def test_under_autocast_the_problems_have_its_dtype():
 
 @needs_ops
 def test_compiled_with_a_winner_in_place():
+    torch.compiler.reset()  # sizes that tests before it made dynamic would stay on the rules
     tuned(Clock(*CLEAR))
     model = fuse(shortcut_block())
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")

@@ -20,23 +20,35 @@ def _network() -> nn.Module:
     return ResNet(Bottleneck, (2, 1), 5, planes=(8, 16), out_channels=(16, 24), stem=StemConfig(16, 3, 1))
 
 
-def _step(extent: str, device: str) -> counting.Step | tuple[list, list]:
-    """One step on real tensors, seen by the launches' own count and by the interpreter; or counted on meta."""
+def _step(extent: str, device: str) -> counting.Step | tuple[list, list, int]:
+    """One step on real tensors, seen by the launches' own count, the interpreter and autograd; or counted on meta."""
     if device == "meta":
         model = fuse(counting.on_meta(_network, torch.float32), engine="triton")
         return counting.count_step(model, counting.meta_images(BATCH, IMAGE, torch.float32), extent)
     torch.manual_seed(0)
     model = fuse(_network().to(memory_format=torch.channels_last), engine="triton")
     images = torch.randn(BATCH, 3, IMAGE, IMAGE).to(memory_format=torch.channels_last)
+    kept: dict[int, int] = {}
+    given = {t.data_ptr() for t in (*model.parameters(), *model.buffers(), images)}
+
+    def keep(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in given:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
     with engines.emulated(), interpreter.checked() as launches, recording() as records:
-        out: Tensor = counting.forward_in(model.train(), images, extent)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            out: Tensor = counting.forward_in(model.train(), images, extent)
+        total = sum(kept.values())
         out.backward(torch.ones_like(out))
-    return records, launches
+    return records, launches, total
 
 
 def _hold(extent: str) -> None:
     counted = _step(extent, "meta")
-    records, launches = _step(extent, "cpu")
+    records, launches, kept = _step(extent, "cpu")
+    assert sum(counted.kept.values()) == kept
     noted = [*counted.forward.launches, *counted.backward.launches]
     assert [(r.kernel, r.bytes) for r in noted] == [(r.kernel, r.bytes) for r in records]
     assert [r.kernel for r in records] == [launch.kernel for launch in launches]
