@@ -111,14 +111,13 @@ struct MultiplyRows {
     const int64_t pitch = whole && !Store::kTogether ? kPanelColumns<T> : padded;
     T* at = whole ? tile : tile + (row - all.begin) * padded;
     pack_left_by_rows(left, streamed, row, rows, steps.begin, deep);
-    const MicroKernel<T> multiply = MicroKernels<T, kByRows>::of[rows];
     const T* right = resident;
     for (int64_t c = columns.begin, part = 0; c < columns.end; c += kPanelColumns<T>, ++part) {
       T* out = whole && !Store::kTogether ? at : at + (c - columns.begin);
       Ahead ahead = left.ahead(row + rows, rows, steps.begin, deep, part);
       if (ahead.at == nullptr && last) ahead = store.ahead(row, rows, columns.end - columns.begin, deep, part);
       if (ahead.at == nullptr) ahead = {reinterpret_cast<const char*>(streamed), 0};
-      multiply(deep, streamed, right, out, pitch, !first, ahead);
+      multiply_tile<T, kByRows>(rows, deep, streamed, right, out, pitch, !first, ahead);
       right += deep * kPanelColumns<T>;
       const int64_t own = columns.end - c < kPanelColumns<T> ? columns.end - c : kPanelColumns<T>;
       if (last && !Store::kTogether) store.finish(out, pitch, row, rows, c, own);
@@ -196,14 +195,14 @@ struct MultiplyColumns {
     for (int64_t c = columns.begin; c < columns.end; c += kPanelColumns<T>, panel += depth * kPanelColumns<T>) {
       const int64_t own = columns.end - c;
       for (int64_t p = 0; p < cut.count; ++p) {
-        const MicroKernel<T> multiply = MicroKernels<T, kByDepth>::of[cut.rows(p)];
+        const int count = cut.rows(p);
         const T* block = resident + p * depth * kDepthPitch<T>;
         T* at = out + cut.start(p) * pitch + c;
         if (own >= kPanelColumns<T>) {
-          multiply(depth, block, panel, at, pitch, add, take_ahead(depth));
+          multiply_tile<T, kByDepth>(count, depth, block, panel, at, pitch, add, take_ahead(depth));
         } else {
-          multiply(depth, block, panel, tile, kPanelColumns<T>, false, take_ahead(depth));
-          put_part(at, pitch, cut.rows(p), own, add);
+          multiply_tile<T, kByDepth>(count, depth, block, panel, tile, kPanelColumns<T>, false, take_ahead(depth));
+          put_part(at, pitch, count, own, add);
         }
       }
     }

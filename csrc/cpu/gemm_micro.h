@@ -96,6 +96,25 @@ struct MicroKernels<T, layout, Indices<i...>> {
   static constexpr MicroKernel<T> of[] = {nullptr, micro_kernel<T, layout, i + 1>...};
 };
 
+// Steps of the depth that are summed one after another in a register: an element is the sum of such chains, so that
+// its rounding error grows with their length and their number, not with the depth. A chain more costs a load and a
+// store of the tile, which is in the first-level cache.
+constexpr int64_t kChain = 128;
+
+// The micro-kernel over the whole of a panel's depth, in equal chains.
+template <class T, LeftLayout layout>
+void multiply_tile(int rows, int64_t depth, const T* left, const T* right, T* out, int64_t pitch, bool add,
+                   Ahead ahead) {
+  constexpr int64_t along = layout == kByRows ? 1 : kDepthPitch<T>;
+  const MicroKernel<T> multiply = MicroKernels<T, layout>::of[rows];
+  const int64_t chains = depth > kChain ? (depth + kChain - 1) / kChain : 1;
+  for (int64_t chain = 0; chain < chains; ++chain) {
+    const int64_t d = depth * chain / chains, steps = depth * (chain + 1) / chains - d;
+    multiply(steps, left + d * along, right + d * kPanelColumns<T>, out, pitch, add || chain > 0,
+             {ahead.at + d * ahead.step, ahead.step});
+  }
+}
+
 // Cuts [begin, end) into panels as even as can be.
 struct Panels {
   int64_t begin, length, count;
