@@ -55,15 +55,18 @@ class OperatorRecord:
         return sum(sum(sides) for sides in self.bytes.values())
 
 
-def _projection_flops(operator: str, args: tuple[Any, ...]) -> int:
-    """Of the C++ ops of a shortcut's 1x1 convolution, from their tensors; 0 for any other operator."""
-    if operator == "projection_fwd":
-        x, weight, _, stride, *_ = args
-        pixels = x.shape[0] * -(-x.shape[2] // stride[0]) * -(-x.shape[3] // stride[1])
-        return 2 * pixels * weight.shape[0] * weight.shape[1]
-    if operator == "projection_dgrad":
+def _flops(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
+    """Of an operator's matrix products, a multiply-add being two; 0 without any."""
+    name = operator.overloadpacket.__name__
+    if name in ("convolution", "projection_fwd"):
+        y, weight = out[0] if name == "projection_fwd" else out, args[1]
+        return 2 * y.numel() * weight[0].numel()
+    if name == "convolution_backward":
+        return 2 * args[0].numel() * args[2][0].numel() * sum(args[-1][:2])
+    if name in ("projection_dgrad", "projection_wgrad"):
         return 2 * args[0].numel() * args[2].shape[1]
-    return 2 * args[0].numel() * args[2].shape[1] if operator == "projection_wgrad" else 0
+    formula = flop_registry.get(operator.overloadpacket)
+    return 0 if formula is None else formula(*args, **kwargs, out_val=out)
 
 
 class OperatorCount(TorchDispatchMode):
@@ -106,11 +109,7 @@ class OperatorCount(TorchDispatchMode):
             activations = tuple(nbytes([t for t in side if self._is_image(t)]) for side in (read, written))
             weights = tuple(nbytes(side) - part for side, part in zip((read, written), activations))
             moved = {"activations": activations, "weights": weights}
-            formula = flop_registry.get(operator.overloadpacket)
-            if formula is not None:
-                flops = formula(*args, **(kwargs or {}), out_val=out)
-            else:
-                flops = _projection_flops(operator.overloadpacket.__name__, args)
+            flops = _flops(operator, args, kwargs or {}, out)
             own = named is not None or flops > 0
             self.records.append(OperatorRecord(str(operator), moved, flops, owner(), own))
         return out

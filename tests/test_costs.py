@@ -174,3 +174,12 @@ def test_the_model_is_not_touched():
     costs.step_costs(model, images(32))
     assert [type(module) for module in model.modules()] == kinds
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_grouped_convolution_counts_its_own_products():
+    """ResNeXt-50 32x4d: 4.2e9 multiply-adds forward, as published; three times that in a step, but for the image."""
+    cost = Workload(BUILDERS["resnext50_32x4d"](fused=False), images(224, 2, BF16)).stock
+    forward = sum(work.flops for layer in cost.layers for work in layer.forward)
+    assert round(forward / 2 / 2 / 1e8) == 42
+    stem = sum(work.flops for work in cost.layers[0].forward)
+    assert sum(layer.flops for layer in cost.layers) == 3 * forward - stem

@@ -32,8 +32,12 @@ x, w = torch.randint(-9, 9, (2, 8, 5, 5)).float(), torch.randint(-9, 9, (4, 8, 1
 out, partials = projection.projection_fwd(x, w, None, (2, 2), True, None, None, None, False)
 dx = projection.projection_dgrad(out, None, w, None, None, (5, 5), (2, 2), None)
 exact = torch.equal(out, torch.conv2d(x, w, None, 2))  # small integers
+from resnet_fused.checking import check
+from resnet_fused.resnet import BUILDERS
+report = check(BUILDERS["cifar-20"](fused=False), shape=(2, 3, 16, 16), dtype="fp32")
 print(json.dumps({"file": resnet_fused.__file__, "torch": torch.__version__, "cpu": cpu.load(), "seconds": seconds,
-                  "cuda": projection.load_cuda(), "cuda_build": torch.version.cuda is not None, "exact": exact}))
+                  "cuda": projection.load_cuda(), "cuda_build": torch.version.cuda is not None,
+                  "exact": exact, "law": report.passed}))
 """
 
 
@@ -79,7 +83,7 @@ def test_the_wheel_works(site: Path, tmp_path: Path, python: str, version: str) 
     assert used.returncode == 0, used.stderr
     said = json.loads(used.stdout.splitlines()[-1])
     assert said["file"].startswith(str(site)) and said["torch"].startswith(version)
-    assert said["cpu"] is None and said["exact"]
+    assert said["cpu"] is None and said["exact"] and said["law"]
     if not said["cuda_build"]:
         assert "is not a CUDA build" in said["cuda"]
     elif not nvcc.missing_nvcc():
