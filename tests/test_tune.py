@@ -15,7 +15,16 @@ from resnet_fused.resnet import cifar_resnet
 from resnet_fused.tuning import candidates, digest, law, sites, steps
 from resnet_fused.winners import store
 from tests.test_projected import called
-from tests.tune_harness import Clock, cpu_name, forget, images, needs_ops, no_winners, shortcut_block
+from tests.tune_harness import (
+    Clock,
+    cpu_name,
+    forget,
+    images,
+    need_a_traced_chain,
+    needs_ops,
+    no_winners,
+    shortcut_block,
+)
 
 __all__ = ["no_winners"]  # a fixture for every test of this file
 CLEAR = (0.010, 0.005)
@@ -225,6 +234,7 @@ def test_under_autocast_the_problems_have_its_dtype():
 
 @needs_ops
 def test_compiled_with_a_winner_in_place():
+    need_a_traced_chain()
     torch.compiler.reset()  # sizes that tests before it made dynamic would stay on the rules
     tuned(Clock(*CLEAR))
     model = fuse(shortcut_block())

@@ -15,7 +15,7 @@ from resnet_fused.plan import ConvShape, Variant
 from resnet_fused.winners import Winner, store
 from tests.harness import hold_to_law
 from tests.test_projected import called
-from tests.tune_harness import cpu_name, images, needs_ops, no_winners, shortcut_block
+from tests.tune_harness import cpu_name, images, need_a_traced_chain, needs_ops, no_winners, shortcut_block
 
 __all__ = ["no_winners"]
 
@@ -116,6 +116,7 @@ def test_a_measured_shortcut_obeys_the_law(memory):
 @needs_ops
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiled_in_one_graph_with_winners_read_while_tracing(dynamic):
+    need_a_traced_chain()
     x = images()
     store.save(cpu_name(), {shortcut_key(x): MEASURED}, store.folder())
     compiled = torch.compile(fuse(shortcut_block()), fullgraph=True, backend="aot_eager", dynamic=dynamic)
@@ -129,6 +130,7 @@ def test_compiled_in_one_graph_with_winners_read_while_tracing(dynamic):
 
 @needs_ops
 def test_compiled_code_follows_a_new_table():
+    need_a_traced_chain()
     x, seen = images(), []
     compiled = torch.compile(fuse(shortcut_block()), fullgraph=True, backend="aot_eager")
     with mock.patch.object(
