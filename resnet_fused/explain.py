@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from . import engines, plan
 from .chain import recomputes
 from .fuse import REFUSAL
-from .kernels.geometry import precision
-from .links import child, conv_padding
+from .links import child
 from .modules import BINDING, Fused, FusedBlock, FusedStage, FusedTrunk, obstacle
 from .recognise import Refusal, find_chains
-from .siteplan import SitePlan, site_plans
+from .siteplan import SitePlan, shape_of_conv, site_plans
 from .spec import ChainSpec
 
 _MB, _GIGA, _MS = 1e6, 1e9, 1e3
@@ -244,7 +243,8 @@ def _variant(convs: list[nn.Conv2d], engine: str) -> str:
         return "library convolutions"
     reasons = []
     for conv in convs:
-        chosen = plan.choose(_shape(conv))
+        # The input is not known here, so one pixel stands for it.
+        chosen = plan.choose(shape_of_conv(conv, (1, conv.in_channels, 1, 1), conv.weight.dtype))
         if chosen.name == plan.LIBRARY:
             reasons.append(chosen.reason)
     if not reasons:
@@ -253,27 +253,3 @@ def _variant(convs: list[nn.Conv2d], engine: str) -> str:
     if len(reasons) == len(convs):
         return f"library convolutions ({library})"
     return f"{len(convs) - len(reasons)} of {len(convs)} convolutions own, the rest library ({library})"
-
-
-def _shape(conv: nn.Conv2d) -> plan.ConvShape:
-    """A convolution as the plan's rules see it; its input is not known here, so one pixel stands for it."""
-    tf32 = precision(conv.weight.dtype) == "tf32"
-    return plan.ConvShape(
-        1,
-        conv.in_channels,
-        1,
-        1,
-        conv.out_channels,
-        _pair(conv.kernel_size),
-        _pair(conv.stride),
-        conv_padding(conv),
-        _pair(conv.dilation),
-        conv.groups,
-        conv.weight.dtype,
-        tf32,
-    )
-
-
-def _pair(sides: tuple[int, ...]) -> tuple[int, int]:
-    first, second = sides
-    return first, second

@@ -3,6 +3,7 @@
     own        our Triton kernels: batch norm, ReLU and join while loading, statistics and masks while storing
     library    the vendor's convolution, with our batch norm kernels around it
     extension  a block's shortcut by the C++/CUDA projection ops
+    product    a small convolution of the CPU engine, as one matrix product
 
 The rules are pure and ask no device. What `winners` holds for the very problem goes before them; what cannot run, and
 `force`, go before both. A plan never changes results beyond rounding. What is kept for backward does not depend on it.
@@ -23,17 +24,17 @@ from . import winners
 from .calls import Pair, SiteCall
 from .kernels.geometry import precision
 
-OWN, LIBRARY, EXTENSION = "own", "library", "extension"
+OWN, LIBRARY, EXTENSION, PRODUCT = "own", "library", "extension", "product"
 _FILTERS = (1, 3, 5, 7)
 _IMAGE_CHANNELS = 4
 _VECTOR_BYTES = 16
 _MOST_PIXELS = 2**31 - 2**16
-SMALL_SHORTCUT = 2**19  # multiplications: up to here the CPU engine runs a site as one product in one op
+SMALL_PRODUCT = 2**19  # of input elements, filters and taps: `kSmallProduct` of the CPU engine
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """A decision: ``own``, ``library`` or, for a shortcut, ``extension``; and the reason in words."""
+    """A decision: ``own``, ``library``, ``product`` or, for a shortcut, ``extension``; and the reason in words."""
 
     name: str
     reason: str
@@ -212,16 +213,20 @@ def shortcut(shape: ConvShape, engine: str) -> Variant:
     names = (EXTENSION, LIBRARY, OWN) if engine == "triton" else (EXTENSION, LIBRARY)
     if measured := _measured(shape, engine, names):
         return measured
-    if is_small_shortcut(engine, (shape.n, shape.c, shape.h, shape.w), shape.stride, shape.k, shape.dtype):
+    if is_small(engine, (shape.n, shape.c, shape.h, shape.w), (shape.k, shape.c, 1, 1), shape.dtype):
         return Variant(LIBRARY, "so small that its calls cost more than its products")
     return Variant(EXTENSION, "batch norm inside the projection ops")
 
 
-def is_small_shortcut(engine: str, size: Sequence[int], stride: Pair, k: int, dtype: torch.dtype) -> bool:
-    """Whether the rules leave a shortcut to the CPU engine's own op, which is one call where the others are five."""
-    n, c, h, w = size
+def is_small(engine: str, size: Sequence[int], filters: Sequence[int], dtype: torch.dtype) -> bool:
+    """Whether the CPU engine runs a convolution without groups as one matrix product, in one op with its site.
+
+    Args:
+        size: of the input (N, C, H, W).  filters: (K, C, R, S).
+    """
+    (n, c, h, w), (k, _, r, s) = size, filters
     taken = engine == "cpu" and dtype in (torch.float32, torch.float64)
-    return taken and n * c * k * h * w <= SMALL_SHORTCUT * stride[0] * stride[1]
+    return taken and n * c * h * w * k * r * s <= SMALL_PRODUCT
 
 
 def prologue(variant: str, source: str, skip: str, owns_every_pixel: bool) -> Variant:
@@ -239,7 +244,7 @@ def prologue(variant: str, source: str, skip: str, owns_every_pixel: bool) -> Va
     if source == "plain":
         return Variant("none", "its input is a finished tensor")
     if variant != OWN:
-        return Variant("materialised", "the library's convolution reads a finished tensor")
+        return Variant("materialised", "only our Triton kernels do them while loading")
     if source == "join" and skip == "pad":
         return Variant("materialised", "a padded shortcut has another shape than the activation")
     if source == "join" and not owns_every_pixel:

@@ -57,7 +57,7 @@ def _wins(call: SiteCall, x: Tensor, weight: Tensor) -> bool:
         if not all(known(size) for size in x.shape):
             return True
     if not winners.token:
-        return not plan.is_small_shortcut(call.engine, x.shape, call.stride, weight.shape[0], x.dtype)
+        return not plan.is_small(call.engine, x.shape, weight.shape, x.dtype)
     convolution = (call.stride, call.padding, call.dilation, call.groups)
     return _extension_wins(
         call.engine, convolution, tuple(x.shape), tuple(x.stride()), tuple(weight.shape), x.dtype, device

@@ -29,7 +29,7 @@ class SitePlan:
 
     Args:
         conv, block: names in the model.  shape: of the convolution.
-        engine: reference, cpu or triton.  variant: own, library or extension, and why.
+        engine: reference, cpu or triton.  variant: own, library, product or extension, and why.
         source: what its input is: plain, pending or join.  prologue: none, fused or materialised, and why.
         memory, extent: of its block.
     """
@@ -56,7 +56,8 @@ def conv_shapes(model: nn.Module, images: Tensor) -> dict[str, plan.ConvShape]:
     names = {module: name for name, module in stock.named_modules() if isinstance(module, nn.Conv2d)}
 
     def note(conv: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> None:
-        found[names[conv]] = _shape(conv, given[0])  # type: ignore[index,arg-type]
+        x = given[0]
+        found[names[conv]] = shape_of_conv(conv, tuple(x.shape), x.dtype)  # type: ignore[index,arg-type]
 
     hooks = [conv.register_forward_hook(note) for conv in names]
     try:
@@ -68,11 +69,12 @@ def conv_shapes(model: nn.Module, images: Tensor) -> dict[str, plan.ConvShape]:
     return found
 
 
-def _shape(conv: nn.Conv2d, x: Tensor) -> plan.ConvShape:
-    n, c, h, w = x.shape
+def shape_of_conv(conv: nn.Conv2d, size: tuple[int, ...], dtype: torch.dtype) -> plan.ConvShape:
+    """A convolution of an input ``size`` (N, C, H, W) as the plan's rules see it, on no device in particular."""
+    n, c, h, w = size
     pairs = (tuple(conv.kernel_size), tuple(conv.stride), conv_padding(conv), tuple(conv.dilation))
-    tf32 = precision(x.dtype) == "tf32"
-    return plan.ConvShape(n, c, h, w, conv.out_channels, *pairs, conv.groups, x.dtype, tf32)  # type: ignore[arg-type]
+    tf32 = precision(dtype) == "tf32"
+    return plan.ConvShape(n, c, h, w, conv.out_channels, *pairs, conv.groups, dtype, tf32)  # type: ignore[arg-type]
 
 
 def _runs(model: nn.Module) -> Iterator[tuple[str, list[nn.Module | Link]]]:
@@ -171,5 +173,8 @@ def _variant(
             return engine, runs
     if engine == "triton":
         return engine, plan.choose(shape)
+    filters = (shape.k, shape.c, *shape.filter)
+    if shape.groups == 1 and plan.is_small(engine, (shape.n, shape.c, shape.h, shape.w), filters, dtype):
+        return engine, plan.Variant(plan.PRODUCT, "so small that it runs as one matrix product in its site's op")
     passes = "the C++ engine's" if engine == "cpu" else "PyTorch's"
     return engine, plan.Variant(plan.LIBRARY, f"on {conv.weight.device.type}, with {passes} passes around it")

@@ -54,7 +54,7 @@ def test_the_triton_engines_plan_has_reasons_too(name, dtype):
     ("variant", "source", "skip", "owns"),
     list(
         itertools.product(
-            (plan.OWN, plan.LIBRARY, plan.EXTENSION),
+            (plan.OWN, plan.LIBRARY, plan.EXTENSION, plan.PRODUCT),
             ("plain", "pending", "join"),
             ("none", "identity", "pad", "projection"),
             (True, False),
@@ -121,9 +121,10 @@ def test_a_hooked_block_has_no_plan():
 
 def test_the_shortcut_says_who_runs_it(monkeypatch):
     model = fuse(BUILDERS["resnet18"](fused=False))
-    found = next(site for site in site_plans(model, META) if site.conv == "layer4.0.downsample.0")
+    small = {site.conv: site for site in site_plans(model, META[:, :, ::2, ::2])}
+    found = small["layer4.0.downsample.0"]
     assert found.variant.name == plan.LIBRARY and "so small" in found.variant.reason
-    monkeypatch.setattr(plan, "SMALL_SHORTCUT", 0)
+    monkeypatch.setattr(plan, "SMALL_PRODUCT", 0)
     found = next(site for site in site_plans(model, META) if site.conv == "layer2.0.downsample.0")
     absent = unavailable(torch.device("cpu"), torch.float32)
     assert found.variant.name == (plan.EXTENSION if absent is None else plan.LIBRARY)
@@ -150,3 +151,11 @@ def test_shapes_are_those_of_the_images():
     first, last = shapes["conv1"], shapes["layer4.1.conv2"]
     assert (first.n, first.c, first.h, first.w, first.k) == (5, 3, 33, 47, 64) and first.dtype == torch.bfloat16
     assert (last.h, last.w, last.c) == (2, 2, 512)
+
+
+def test_a_small_convolution_of_the_cpu_engine_is_a_product():
+    model = fuse(BUILDERS["cifar-20"](fused=False), engine="cpu")
+    plans = {size: site_plans(model, torch.empty(1, 3, size, size, device="meta")) for size in (8, 64)}
+    assert {site.variant.name for site in plans[8] if site.conv == "layer1.0.conv2"} == {plan.PRODUCT}
+    assert {site.variant.name for site in plans[64] if site.conv == "layer1.0.conv2"} == {plan.LIBRARY}
+    assert not any(site.prologue.name == "fused" for site in plans[8])

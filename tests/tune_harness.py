@@ -26,7 +26,7 @@ needs_ops = pytest.mark.skipif(CPU is not None, reason=f"the projection ops cann
 def no_winners(monkeypatch, tmp_path):
     """An empty table, no file looked for, a folder of our own, and no shortcut so small that the rules keep it."""
     monkeypatch.setattr(plan, "_refused", {})
-    monkeypatch.setattr(plan, "SMALL_SHORTCUT", 0)
+    monkeypatch.setattr(plan, "SMALL_PRODUCT", 0)
     monkeypatch.setattr(store, "_warned", set())
     monkeypatch.setenv(store.VARIABLE, str(tmp_path / "cache"))
     monkeypatch.delenv(winners.SWITCH, raising=False)
