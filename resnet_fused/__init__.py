@@ -5,6 +5,7 @@ Nothing here touches a GPU or a compiler at import.
 
 from __future__ import annotations
 
+from . import functional
 from .blocks import BasicBlock, Bottleneck, ConvBNReLU, PlainBlock, Stem
 from .checking import check
 from .explain import explain
@@ -41,6 +42,7 @@ __all__ = [
     "cifar_resnet",
     "explain",
     "from_stages",
+    "functional",
     "fuse",
     "fused",
     "graphed",

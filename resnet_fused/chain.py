@@ -186,7 +186,7 @@ def _autocasts(device: str) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype the convolutions run in: autocast's, where autocast would cast."""
     device = x.device.type
     if x.dtype != torch.float64 and _autocasts(device):
@@ -194,7 +194,8 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def _is_channels_last(t: Tensor) -> bool:
+def is_channels_last(t: Tensor) -> bool:
+    """Whether a tensor is laid out in channels_last and not, as one of one channel may be, in both formats."""
     return t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
 
 
@@ -248,11 +249,11 @@ class Run:
 
     def _enter(self, link: Link, x: Tensor) -> Tensor | None:
         """Bring a tensor into the chain's dtype and layout; returns it as it was if an add must promote."""
-        laid = _is_channels_last(x)
+        laid = is_channels_last(x)
         if self._entering:
-            self._channels_last = laid or _is_channels_last(child(link.block, link.spec.sites[0].conv).weight)
+            self._channels_last = laid or is_channels_last(child(link.block, link.spec.sites[0].conv).weight)
             self._entering = False
-        dtype = _compute_dtype(x)
+        dtype = compute_dtype(x)
         self._engine = engines.select(x.device, dtype, link.engine)
         if not laid or dtype != x.dtype:
             self._state = x.to(dtype, memory_format=torch.channels_last)

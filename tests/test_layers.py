@@ -26,7 +26,7 @@ LAYERS = (
     ("links",),
     ("infer",),
     ("chain",),
-    ("modules", "eager_blocks"),
+    ("modules", "eager_blocks", "functional"),
     ("eager", "tracing", "steps", "matching", "recognise", "probe", "graphs"),
     ("fuse", "blocks"),
     ("counting", "devices", "passes", "siteplan"),
