@@ -28,10 +28,12 @@ demo: venv
 	$(PY) -m resnet_fused train --demo $(TRAIN_FLAGS)
 
 test: venv
-	$(PY) -m pytest tests -m "not full" -ra $(PYTEST_FLAGS)
+	$(PY) .ci/environment.py --interop
+	$(PY) -m pytest tests -m "not full" -ra $$($(PY) .ci/environment.py --workers) $(PYTEST_FLAGS)
 
 test-full: venv
-	$(PY) -m pytest tests -ra $(PYTEST_FLAGS)
+	$(PY) .ci/environment.py --interop
+	$(PY) -m pytest tests -ra $$($(PY) .ci/environment.py --workers) $(PYTEST_FLAGS)
 
 bench: venv
 	$(PY) .ci/environment.py --need pytest_benchmark

@@ -15,6 +15,7 @@ import zlib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+MOST_WORKERS = 8
 # Module, and what is lost without it; torch and setuptools are not optional.
 OPTIONAL = {
     "pytest": "make test cannot run",
@@ -22,6 +23,18 @@ OPTIONAL = {
     "sklearn": "the digits data set is off",
     "matplotlib": "curves are not drawn",
     "rich": "progress is printed in plain lines",
+}
+# The same for what only the tests use: other projects whose habits and checkpoints are tried.
+INTEROP = {
+    "hypothesis": "the fuzzer",
+    "xdist": "running the tests on two cores at once",
+    "timm": "timm's nets and checkpoints",
+    "transformers": "Hugging Face's nets and checkpoints",
+    "onnxscript": "export to ONNX",
+    "onnxruntime": "running what was exported",
+    "lightning": "Lightning's trainer",
+    "accelerate": "Accelerate's prepare",
+    "torchsummary": "summaries",
 }
 
 
@@ -101,28 +114,40 @@ def install(folder: Path, torch: str) -> None:
         say(f"not all of {', '.join(build_requirements())} are there; the build says what is lost")
     if not pip(python, "install", "--quiet", "--no-build-isolation", "--no-deps", "--editable", "."):
         sys.exit("environment: the project could not be built; the reason is above")
-    missing = [name for name in OPTIONAL if not has(python, name)]
-    if missing:
-        install_extras(python, missing)
+    install_extras(python, ("test", "train"), OPTIONAL)
 
 
-def install_extras(python: Path, missing: list[str]) -> None:
-    """Install the extras beside the torch that is there; say what is lost where that fails."""
+def install_extras(python: Path, extras: tuple[str, ...], lost: dict[str, str]) -> None:
+    """Install extras beside the torch that is there where modules are missing; say what is lost where that fails."""
+    missing = [name for name in lost if not has(python, name)]
+    if not missing:
+        return
     say(f"installing what is missing: {', '.join(missing)}")
-    version = subprocess.run(
-        # the metadata's version, which is what pip compares: torch.__version__ may carry a local part
-        [python, "-c", "from importlib.metadata import version; print(version('torch'))"],
-        capture_output=True,
-        text=True,
-        check=True,
+    # The torch that is there is kept: its metadata's version, which is what pip compares, may differ from __version__.
+    code = (
+        "from importlib.metadata import requires, version; print('torch==' + version('torch')); "
+        f"print(*(r.split(';')[0] for r in requires('resnet-fused') if r.rpartition('extra == ')[2][1:-1] in {extras}),"
+        " sep='\\n')"
     )
-    with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as constraint:
-        constraint.write(f"torch=={version.stdout.strip()}\n")
-        constraint.flush()
-        pip(python, "install", "--no-build-isolation", "--constraint", constraint.name, "--editable", ".[test,train]")
+    constraint, *wanted = subprocess.run(
+        [python, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
+    with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as constraints:
+        constraints.write(f"{constraint}\n")
+        constraints.flush()
+        if wanted:
+            pip(python, "install", "--quiet", "--constraint", constraints.name, *wanted)
     for name in missing:
         if not has(python, name):
-            say(f"{name} could not be installed: {OPTIONAL[name]}")
+            say(f"{name} could not be installed: {lost[name]}")
+
+
+def workers() -> str:
+    """The flags that make pytest use every core, as far as memory allows; none where pytest-xdist is not there."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if importlib.util.find_spec("xdist") is None or cores < 2:
+        return ""
+    return f"-n {min(cores, MOST_WORKERS)} --dist worksteal"
 
 
 def need(modules: list[str]) -> None:
@@ -138,6 +163,8 @@ def main() -> None:
     parser.add_argument("--where", action="store_true", help="print the environment's folder and do nothing")
     parser.add_argument("--venv", help="create or update this environment")
     parser.add_argument("--torch", default="torch", help="what pip installs where there is no torch")
+    parser.add_argument("--interop", action="store_true", help="install what only the tests use where it can be had")
+    parser.add_argument("--workers", action="store_true", help="print pytest's flags for this many cores")
     parser.add_argument("--need", nargs="+", default=[], help="modules to install where they are missing")
     args = parser.parse_args()
     os.environ.setdefault("PIP_DEFAULT_TIMEOUT", "20")
@@ -145,6 +172,11 @@ def main() -> None:
         print(where())
     if args.venv:
         install(ROOT / args.venv, args.torch)
+    if args.interop:
+        lost = {name: f"tests of {what} are skipped" for name, what in INTEROP.items()}
+        install_extras(Path(sys.executable), ("interop",), lost | {"xdist": "the tests run one after another"})
+    if args.workers:
+        print(workers())
     need(args.need)
 
 

@@ -15,6 +15,11 @@ GPU = {"cuda": None, "cuda own": plan.OWN} if torch.cuda.is_available() else {}
 
 def pytest_configure(config):
     os.environ["RESNET_FUSED_TUNE"] = "0"  # what was measured on this machine is no part of a test
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers > 1:  # the cores are shared out, to what a test starts as well
+        threads = max(1, (os.cpu_count() or 1) // workers)
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+        torch.set_num_threads(threads)
     config.addinivalue_line("markers", "cuda: runs on a GPU; collected only where there is one")
 
 

@@ -96,7 +96,7 @@ def hold_to_law(
     for sample in SAMPLES[torch.finfo(dtype).bits < 32]:
         for i in range(len(draws), sample):
             drawn = x if i == 0 else torch.randn(x.shape, generator=torch.Generator().manual_seed(i))
-            draws.append(_draw(stock, fused, drawn.to(device, stock_dtype), LAYOUTS[layout], amp))
+            draws.append(draw(stock, fused, drawn.to(device, stock_dtype), LAYOUTS[layout], amp))
         got, ref, *eager = (_stack(outcomes) for outcomes in zip(*draws, strict=True))
         if all(verdict.passed for verdict in judge_all(got, ref, eager, dtype)):
             return fused
@@ -104,7 +104,7 @@ def hold_to_law(
     return fused
 
 
-def _draw(
+def draw(
     stock: nn.Module, fused: nn.Module, x: Tensor, layout: torch.memory_format, amp: torch.dtype | None
 ) -> tuple[Outcome, ...]:
     """Ours, the float64 reference, and eager in both layouts, on one input."""
