@@ -11,9 +11,10 @@ from __future__ import annotations
 from typing import Any
 
 from . import eager_blocks
-from .modules import BINDING, Binding, FusedBlock, register_fused_class, structure_of
+from .modules import FusedBlock, register_fused_class
 from .recognise import recognise
 from .spec import ChainSpec
+from .structure import BINDING, Binding, structure_of
 
 
 class _Native(FusedBlock):

@@ -29,7 +29,8 @@ from torch.utils.flop_counter import flop_registry
 
 from .chain import Link
 from .kernels.launch import LaunchRecord, attribute, nbytes, owner, recording, storage_of
-from .modules import BINDING, run_modules, stage_names
+from .modules import run_modules, stage_names
+from .structure import BINDING
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Operators that start no kernel, beside views: they allocate, or drop the graph.

@@ -14,10 +14,11 @@ from . import engines, plan
 from .chain import recomputes
 from .fuse import REFUSAL
 from .links import child
-from .modules import BINDING, Fused, FusedBlock, FusedStage, FusedTrunk, obstacle
+from .modules import Fused, FusedBlock, FusedStage, FusedTrunk
 from .recognise import Refusal, find_chains
 from .siteplan import SitePlan, shape_of_conv, site_plans
 from .spec import ChainSpec
+from .structure import BINDING, obstacle
 
 _MB, _GIGA, _MS = 1e6, 1e9, 1e3
 

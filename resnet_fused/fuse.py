@@ -17,10 +17,8 @@ from torch import nn
 
 from . import eager, eager_blocks, engines
 from .modules import (
-    BINDING,
     NOTICE,
     STEM,
-    Binding,
     Fused,
     FusedBlock,
     FusedStage,
@@ -28,11 +26,11 @@ from .modules import (
     fused_class,
     is_swapped,
     stage_names,
-    structure_of,
 )
 from .probe import probe
 from .recognise import Refusal, find_chains
 from .spec import ChainSpec, PoolSpec, SiteSpec
+from .structure import BINDING, Binding, structure_of
 
 REFUSAL = "_resnet_fused_refusal"
 MEMORY_MODES = ("speed", "lean", "min")

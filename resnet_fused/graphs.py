@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .modules import hooked, hooked_globally
+from .structure import hooked, hooked_globally
 
 _DEVICE = "cuda"
 

@@ -19,8 +19,9 @@ from .chain import hand_stride, recomputes
 from .fuse import unfuse
 from .kernels.geometry import Geometry, precision
 from .links import Link, child, conv_padding
-from .modules import BINDING, FusedBlock, FusedStage, FusedTrunk, stage_names
+from .modules import FusedBlock, FusedStage, FusedTrunk, stage_names
 from .spec import SiteSpec
+from .structure import BINDING
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from resnet_fused import chain, fuse, modules
+from resnet_fused import chain, fuse, structure
 from resnet_fused.eager_blocks import BasicBlock, Bottleneck, PadShortcut, PlainBlock
 from resnet_fused.engines import cpu, cpu_site
 from resnet_fused.links import bind, child
@@ -77,11 +77,11 @@ CHANGES: dict[str, Callable[[nn.Module], object]] = {
 def test_the_quick_check_sees_what_the_full_one_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     block = fuse(projected())
     CHANGES[name](block)
-    binding = block.__dict__[modules.BINDING]
-    quick = modules.obstacle(block, binding)
-    passed = modules._unchanged(block, binding.structure)
-    monkeypatch.setattr(modules, "_unchanged", lambda *_: False)
-    assert quick == modules.obstacle(block, binding)
+    binding = block.__dict__[structure.BINDING]
+    quick = structure.obstacle(block, binding)
+    passed = structure._unchanged(block, binding.structure)
+    monkeypatch.setattr(structure, "_unchanged", lambda *_: False)
+    assert quick == structure.obstacle(block, binding)
     assert passed == (quick is None)
 
 
@@ -89,7 +89,7 @@ def test_the_quick_check_sees_global_hooks() -> None:
     block = fuse(projected())
     handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
     try:
-        assert modules.obstacle(block, block.__dict__[modules.BINDING]) == "global module hook"
+        assert structure.obstacle(block, block.__dict__[structure.BINDING]) == "global module hook"
     finally:
         handle.remove()
 
@@ -148,7 +148,7 @@ def test_a_second_derivative_is_refused_by_name() -> None:
 
 def test_bind_reads_what_stands_in_the_modules_now() -> None:
     block = fuse(BLOCKS["bottleneck"]())
-    site = block.__dict__[modules.BINDING].spec.sites[1]
+    site = block.__dict__[structure.BINDING].spec.sites[1]
     block.conv2.stride, block.conv2.padding, block.bn2.momentum, block.bn2.eps = (2, 2), "same", None, 1e-2
     block.bn2.weight = nn.Parameter(torch.full((4,), 2.0))
     call, params = bind(block, site, "cpu")

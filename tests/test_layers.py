@@ -24,7 +24,7 @@ LAYERS = (
     ("nodes",),
     ("recompute", "closed"),
     ("links",),
-    ("infer",),
+    ("infer", "structure"),
     ("chain",),
     ("modules", "eager_blocks", "functional"),
     ("eager", "tracing", "steps", "matching", "recognise", "probe", "graphs"),
