@@ -11,6 +11,7 @@ from .checking import check
 from .explain import explain
 from .fuse import fuse, fused, unfuse
 from .graphs import graphed
+from .limits import disable
 from .resnet import (
     cifar_resnet,
     from_stages,
@@ -27,6 +28,7 @@ from .resnet import (
     wide_resnet50_2,
     wide_resnet101_2,
 )
+from .statistics import protected_statistics
 from .tuning import TuneReport, tune, use_tuned
 
 __version__ = "0.1.0"
@@ -40,6 +42,7 @@ __all__ = [
     "TuneReport",
     "check",
     "cifar_resnet",
+    "disable",
     "explain",
     "from_stages",
     "functional",
@@ -47,6 +50,7 @@ __all__ = [
     "fused",
     "graphed",
     "plain",
+    "protected_statistics",
     "resnet",
     "resnet18",
     "resnet34",

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from .calls import SiteParams, Source
-from .nodes import NodeCall, first_order, site_gradients
+from .limits import first_order
+from .nodes import NodeCall, site_gradients
 from .site import close_backward, load_source, site_forward
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from . import projected
 from .calls import SiteCall, SiteParams
+from .limits import recomputing
 from .spec import ChainSpec, SiteSpec
 
 
@@ -66,7 +67,8 @@ def bind(block: nn.Module, site: SiteSpec, engine: str, hand_stride: int = 1) ->
     tracked = mean is not None
     batch_norm = isinstance(bn, nn.modules.batchnorm._BatchNorm)
     training = batch_norm and (bn.training or not tracked)
-    moving = not training or (bn.training and bn.track_running_stats and tracked)
+    # a recomputed batch was counted in the first forward; batch statistics themselves are the same again
+    moving = not training or (bn.training and bn.track_running_stats and tracked and not recomputing())
     call = SiteCall(
         engine,
         conv.stride,

@@ -14,20 +14,13 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.fx
 from torch import Tensor, nn
 
 from .chain import Link, Run
+from .limits import bypassed, transform
 from .structure import BINDING, Binding, hooked, obstacle
 
 NOTICE = "_resnet_fused_notice"
-
-
-def _bypassed(x: object) -> bool:
-    """Whether this call wants the plain ATen operators: export, tracing, or no tensor at all."""
-    if not isinstance(x, Tensor) or isinstance(x, torch.fx.Proxy):
-        return True
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 class Fused:
@@ -63,9 +56,9 @@ class FusedBlock(Fused):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The stock forward's result, by the chain where it can run and by the stock forward elsewhere."""
         binding: Binding | None = self.__dict__.get(BINDING)
-        if binding is None or binding.spec is None or len(args) != 1 or kwargs or _bypassed(args[0]):
+        if binding is None or binding.spec is None or len(args) != 1 or kwargs or bypassed(args[0]):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-        reason = obstacle(self, binding)  # type: ignore[arg-type]
+        reason = transform() or obstacle(self, binding)  # type: ignore[arg-type]
         if reason is None:
             run = Run(args[0])
             link = Link(self, *binding[:3])  # type: ignore[arg-type]
@@ -82,7 +75,7 @@ class FusedStage(Fused):
 
     def forward(self, x: Any) -> Any:
         """As ``nn.Sequential.forward``."""
-        if _bypassed(x):
+        if bypassed(x) or transform() is not None:
             return super().forward(x)  # type: ignore[misc]
         return run_modules(self, x)  # type: ignore[arg-type]
 
@@ -92,7 +85,7 @@ class FusedTrunk(Fused):
 
     def _forward_impl(self, x: Any) -> Any:
         binding: Binding | None = self.__dict__.get(BINDING)
-        if binding is None or _bypassed(x):
+        if binding is None or bypassed(x) or transform() is not None:
             return super()._forward_impl(x)  # type: ignore[misc]
         x = run_modules(self._trunk(binding), x)
         x = self.avgpool(x)  # type: ignore[attr-defined]

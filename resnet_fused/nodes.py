@@ -12,28 +12,16 @@ The rule that keeps it right: a pending activation has exactly one consumer, and
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import engines
 from .calls import NO_SKIP, SiteCall, SiteGrads, SiteParams, Skip, Source, handed
+from .limits import first_order
 from .site import close_backward, load_source, site_backward, site_forward
-
-
-def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """`once_differentiable`, at no cost to a backward that nobody differentiates: the engine has no grad mode there."""
-    guarded = once_differentiable(backward)
-
-    @functools.wraps(backward)
-    def run(ctx: Any, *grads: Tensor | None) -> Any:
-        return guarded(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
-
-    return run
 
 
 class Pending(NamedTuple):

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import plan, projection, winners
 from .calls import SiteCall, SiteGrads, SiteOutputs, SiteParams, Source, unhanded
 from .engines import library
 from .kernels.launch import attribute, is_counting
+from .limits import first_order
 
 _CPU = torch.device("cpu")
 _DEVICES = {"cpu": "cpu", "triton": "cuda"}  # an engine to the device whose ops it uses
@@ -149,7 +149,7 @@ class PlainProjectionFunction(torch.autograd.Function):
         return projection.projection_fwd(x, weight.to(x.dtype), bias, stride, False, None, None, None, False)[0]
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         _, need_x, need_weight, need_bias = ctx.needs_input_grad

@@ -93,6 +93,7 @@ def _unchanged(block: nn.Module, structure: Structure) -> bool:
                 or module._forward_pre_hooks
                 or module._backward_hooks
                 or module._backward_pre_hooks
+                or "forward" in module.__dict__
             ):
                 return False
     return not hooked_globally()
@@ -120,4 +121,6 @@ def obstacle(block: nn.Module, binding: Binding) -> str | None:
                 return f"{path} is now a {type(module).__name__}; call fuse again"
             if module is not None and hooked(module):
                 return f"hook on {path}"
+            if module is not None and "forward" in module.__dict__:
+                return f"the forward of {path} was replaced on the instance"
     return "global module hook" if hooked_globally() else None
