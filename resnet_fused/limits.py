@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.fx
 from torch import Tensor
+from torch._C import _functorch as functorch
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
@@ -66,7 +67,7 @@ def bypassed(x: object) -> bool:
 
 def transform() -> str | None:
     """The transform that torch is applying, which a fused node has no rule for, or None."""
-    if torch._C._functorch.maybe_current_level() is not None:
+    if isinstance(functorch.peek_interpreter_stack(), functorch.CInterpreter):  # torch.compile traces this form alone
         return "a torch.func transform is active"
     return "forward-mode differentiation is active" if forward_ad._current_level >= 0 else None
 
@@ -105,7 +106,7 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
         if torch.compiler.is_compiling():
             return traced(ctx, *grads)
         first = grads[0]
-        if first is not None and torch._C._functorch.is_legacy_batchedtensor(first):
+        if first is not None and functorch.is_legacy_batchedtensor(first):
             raise RuntimeError(BATCHED)
         if not torch.is_grad_enabled():
             return backward(ctx, *grads)
