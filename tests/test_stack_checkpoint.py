@@ -1,0 +1,110 @@
+"""Activation checkpointing: a batch is counted once though its forward runs twice. (Stock PyTorch counts it twice.)"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
+
+from resnet_fused import fuse
+from tests.stack_cases import gradients, identical, images, pair, same, stage, state
+
+Forward = Callable[[nn.Sequential, Tensor], Tensor]
+WAYS: dict[str, Forward] = {
+    "non-reentrant": lambda m, x: checkpoint(m, x, use_reentrant=False),
+    "reentrant": lambda m, x: checkpoint(m, x, use_reentrant=True),
+    "block by block": lambda m, x: checkpoint(m[1], checkpoint(m[0], x, use_reentrant=False), use_reentrant=False),
+    "nested": lambda m, x: checkpoint(lambda y: m[1](checkpoint(m[0], y, use_reentrant=False)), x, use_reentrant=False),
+    "nested, reentrant": lambda m, x: checkpoint(
+        lambda y: m[1](checkpoint(m[0], y, use_reentrant=True)), x, use_reentrant=True
+    ),
+    "sequential": lambda m, x: checkpoint_sequential(m, 2, x, use_reentrant=False),
+}
+
+
+def outcome(model: nn.Sequential, forward: Forward) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """The input's gradient, the parameters' and the state after one step."""
+    x = images().requires_grad_()
+    forward(model, x).square().sum().backward()
+    assert x.grad is not None
+    return x.grad, gradients(model), state(model)
+
+
+@pytest.mark.parametrize("memory", ["speed", "min"])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_recomputed_batch_is_counted_once(way: str, memory: str) -> None:
+    model = fuse(stage().double(), memory=memory)
+    plain = outcome(copy.deepcopy(model), lambda m, x: m(x))
+    dx, grads, after = outcome(model, WAYS[way])
+    same(dx, plain[0])
+    same(grads, plain[1])
+    identical(after, plain[2])
+
+
+def test_stock_counts_it_twice() -> None:
+    """What is documented as a difference; the gradients are the same."""
+    stock, fused = (outcome(model, WAYS["non-reentrant"]) for model in pair().values())
+    same(fused[0], stock[0])
+    same(fused[1], stock[1])
+    assert (stock[2]["0.bn1.num_batches_tracked"], fused[2]["0.bn1.num_batches_tracked"]) == (2, 1)
+
+
+@pytest.mark.parametrize("way", ["non-reentrant", "reentrant"])
+def test_a_cumulative_average_and_an_eval_norm(way: str) -> None:
+    model = fuse(stage().double())
+    model[0].bn1.momentum = None
+    model[1].bn2.eval()
+    plain = outcome(copy.deepcopy(model), lambda m, x: m(x))
+    got = outcome(model, WAYS[way])
+    same(got[1], plain[1])
+    identical(got[2], plain[2])
+
+
+def test_recomputed_under_autocast_with_dropout_between() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(fuse(stage()), nn.Dropout(0.5))
+    twin = copy.deepcopy(model)
+    found = []
+    for net, forward in ((model, WAYS["non-reentrant"]), (twin, lambda m, x: m(x))):
+        x = images().float().requires_grad_()
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = forward(net, x)
+        out.float().square().sum().backward()
+        found.append((gradients(net), state(net)))
+    identical(found[0][0], found[1][0])
+    identical(found[0][1], found[1][1])
+
+
+def test_two_steps_count_two_batches() -> None:
+    model = pair()["fused"]
+    for _ in range(2):
+        outcome(model, WAYS["reentrant"])
+    assert model[0].bn1.num_batches_tracked == 2
+
+
+@pytest.mark.parametrize("kind", [pytest.param("stock", marks=pytest.mark.full), "fused"])
+def test_checkpointed_inside_torch_compile(kind: str) -> None:
+    """The compiler moves a buffer once, stock's too; ours is held to the same."""
+    model = pair()[kind]
+    plain = outcome(copy.deepcopy(model), lambda m, x: m(x))
+    compiled = torch.compile(lambda m, x: checkpoint(m, x, use_reentrant=False), backend="aot_eager", fullgraph=True)
+    got = outcome(model, compiled)
+    same(got[0], plain[0])
+    same(got[1], plain[1])
+    same(got[2], plain[2])
+
+
+@pytest.mark.full
+def test_a_compiled_model_inside_a_checkpoint_is_as_stock() -> None:
+    """Compiled code cannot see that it is run again: it counts twice, stock's and ours alike."""
+    counts = []
+    for model in pair().values():
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        outcome(model, lambda m, x, run=compiled: checkpoint(run, x, use_reentrant=False))  # type: ignore[misc]
+        counts.append(model[0].bn1.num_batches_tracked.item())
+    assert counts == [2, 2]
