@@ -9,6 +9,13 @@ from torch import Tensor
 Pair = tuple[int, int]
 
 
+class Group(NamedTuple):
+    """A process group, as the functional collectives name it, and how many ranks it has."""
+
+    name: str
+    ranks: int
+
+
 class SiteCall(NamedTuple):
     """What is static about one call of a site."""
 
@@ -23,6 +30,7 @@ class SiteCall(NamedTuple):
     eps: float
     hand_stride: int = 1  # the block's shortcut is handed every so many pixels of the site's input
     projection: bool = False  # the site is a block's shortcut
+    group: Group | None = None  # whose batches are one batch to the batch norm; None: this process alone
 
 
 class SiteParams(NamedTuple):

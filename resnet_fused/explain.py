@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import engines, plan
+from . import engines, plan, synchronise
 from .chain import recomputes
 from .fuse import REFUSAL
 from .links import child
@@ -172,6 +172,7 @@ def _sites(model: nn.Module, x: Tensor) -> tuple[list[SiteRecord], str]:
     """A record for each site, and where the rates of the bounds are from."""
     from .costs import Workload, rate_name
 
+    model = synchronise.alone(model)
     weight = next(model.parameters())
     device = weight.device.type
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
@@ -220,15 +221,14 @@ def _fused_record(name: str, kind: str, block: Fused | nn.Module, spec: ChainSpe
     if reason is not None:
         return BlockRecord(name, kind, False, reason, None)
     link = block.as_link() if isinstance(block, FusedBlock) else None
+    reason = "recognised" if kind != "stem" else "known network"
     if isinstance(block, FusedBlock) and link is None:
-        return BlockRecord(
-            name, kind, True, "hook on the block: it is called by itself", _plan(block, spec, binding, "block")
-        )
-    if link is not None and recomputes(link):
+        reason, extent = "hook on the block: it is called by itself", "block"
+    elif link is not None and recomputes(link):
         extent = "block"
-    return BlockRecord(
-        name, kind, True, "recognised" if kind != "stem" else "known network", _plan(block, spec, binding, extent)
-    )
+    norms = synchronise.describe([child(block, site.bn) for site in spec.site_specs() if site.bn])  # type: ignore[arg-type]
+    reason = reason if norms is None else f"{reason}; {norms}"
+    return BlockRecord(name, kind, True, reason, _plan(block, spec, binding, extent))
 
 
 def _plan(block: nn.Module | Fused, spec: ChainSpec, binding, extent: str) -> BlockPlan:  # type: ignore[no-untyped-def]

@@ -193,7 +193,11 @@ def _stem_binding(model: nn.Module, memory: str, engine: str | None) -> Binding:
 def _stem_spec(model: Any) -> ChainSpec | None:
     """The stem of a known trunk as a chain, or None where it is not one."""
     conv, bn, relu, pool = (getattr(model, name) for name in STEM)
-    if type(conv) is not nn.Conv2d or not isinstance(bn, nn.BatchNorm2d) or conv.padding_mode != "zeros":
+    if (
+        type(conv) is not nn.Conv2d
+        or not isinstance(bn, (nn.BatchNorm2d, nn.SyncBatchNorm))
+        or conv.padding_mode != "zeros"
+    ):
         return None
     if type(relu) not in (nn.ReLU, nn.Identity) or type(pool) not in (nn.MaxPool2d, nn.Identity):
         return None

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import projected
+from . import projected, synchronise
 from .calls import SiteCall, SiteParams
 from .limits import recomputing
 from .spec import ChainSpec, SiteSpec
@@ -80,6 +80,8 @@ def bind(block: nn.Module, site: SiteSpec, engine: str, hand_stride: int = 1) ->
         bn.momentum if batch_norm else 0.0,
         bn.eps,
         hand_stride,
+        False,
+        synchronise.group_of(bn),
     )
     params = SiteParams(
         *weight_and_bias(conv),

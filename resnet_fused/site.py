@@ -3,7 +3,8 @@
 The Triton engine runs a whole site itself, convolution included: `site_forward`, `site_rebuild`, `site_backward`.
 The CPU engine's sites are `engines.cpu_site`. For the reference engine `engines.library` puts the site together from
 the vendor's convolution and the engine's primitives. A block's shortcut goes to the projection ops where they run
-(`projected`).
+(`projected`). A site whose statistics are those of several processes is such a site with collectives around it
+(`synchronise`).
 
 Nothing here knows autograd or modules: the nodes of `resnet_fused.nodes` call these functions, in the
 forward, in the backward, and to rebuild what a memory mode did not keep.
@@ -17,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from . import engines, projected
+from . import engines, projected, synchronise
 from .calls import SiteCall, SiteGrads, SiteOutputs, SiteParams, Source
 from .engines import cpu_site, library
 from .kernels.launch import is_counting
@@ -52,6 +53,8 @@ def site_forward(call: SiteCall, source: Source, params: SiteParams) -> SiteOutp
     Raises:
         ValueError: one value per channel in training, as ``F.batch_norm`` does.
     """
+    if call.group is not None:
+        return synchronise.site_forward(site_forward, call, source, params)
     if _watcher is not None:
         _watcher("forward", call, source, params)
     engine = engines.get(call.engine)
@@ -101,6 +104,9 @@ def site_backward(
         raise ValueError("site_backward: params: expected a convolution weight, got None")
     if not (needs[0] or needs[1]):
         return SiteGrads()
+    if call.group is not None:
+        before, after = (source, x, params, y, moments, g), (dskip, needs, mask)
+        return synchronise.site_backward(site_backward, call, sums, before, after)
     if _watcher is not None:
         _watcher("backward", call, source, x, weight, y, moments, g, sums, dskip, needs, mask)
     engine = engines.get(call.engine)

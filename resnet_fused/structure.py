@@ -14,7 +14,7 @@ from .links import child
 from .spec import ChainSpec
 
 BINDING = "_resnet_fused"
-_LAYERS = frozenset((nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Identity, nn.MaxPool2d, nn.Sequential))
+_LAYERS = frozenset((nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.ReLU, nn.Identity, nn.MaxPool2d, nn.Sequential))
 
 
 # per container: its path, the name and class (None: no module) of its children, whether these are all
@@ -72,7 +72,7 @@ def _runs_norm(module: nn.Module | None) -> bool:
     kind = type(module)
     if kind.__name__ == "FrozenBatchNorm2d":
         return kind.__module__ == "torchvision.ops.misc"
-    return kind is nn.BatchNorm2d
+    return kind in (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
 def _unchanged(block: nn.Module, structure: Structure) -> bool:

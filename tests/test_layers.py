@@ -19,7 +19,7 @@ LAYERS = (
     ("kernels", "plan"),
     ("engines",),
     ("projection",),
-    ("projected",),
+    ("projected", "synchronise"),
     ("site",),
     ("nodes",),
     ("recompute", "closed"),

@@ -29,7 +29,7 @@ def site_forward(engine: ModuleType, call: SiteCall, source: Source, params: Sit
     """``x`` is a join's, else None or the source's. See `resnet_fused.site.site_forward`."""
     if _site_fwd is not None:
         kind, src, moments, relu, skip, residual, residual_moments = source
-        _, stride, padding, dilation, groups, _, training, momentum, eps, _, _ = call
+        _, stride, padding, dilation, groups, _, training, momentum, eps, _, _, _ = call
         join = kind == "join"
         try:
             y, made, carrier, x = _site_fwd(

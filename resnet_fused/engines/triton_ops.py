@@ -112,7 +112,7 @@ _IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
 
 def flat(call: SiteCall, source: Source | None = None) -> tuple[Any, ...]:
     """The leading arguments of a site's operators."""
-    described = call[1:]
+    described = call[1 : 1 + _CALL_ARGUMENTS]
     if source is None:
         return described
     skip = source.skip
