@@ -12,6 +12,7 @@ from .explain import explain
 from .fuse import fuse, fused, unfuse
 from .graphs import graphed
 from .limits import disable
+from .register import register_block
 from .resnet import (
     cifar_resnet,
     from_stages,
@@ -51,6 +52,7 @@ __all__ = [
     "graphed",
     "plain",
     "protected_statistics",
+    "register_block",
     "resnet",
     "resnet18",
     "resnet34",

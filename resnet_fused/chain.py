@@ -17,7 +17,9 @@ from .closed import ClosedSiteFunction
 from .infer import infer_link, infers
 from .links import Link, bind, child, conv_padding, plain_projection, weight_and_bias
 from .nodes import CloseFunction, NodeCall, Pending, PoolFunction, SiteFunction
+from .postnorm import PostNormFunction
 from .recompute import RecomputeFunction
+from .spec import SiteSpec
 
 _POINTWISE = (1, 1)
 _STEPPING = ("triton",)  # engines whose kernels load a view that steps over pixels
@@ -107,7 +109,7 @@ def _closes(link: Link) -> bool:
     Its shortcut's batch norm then runs before the last site's: not where they are one module.
     """
     spec = link.spec
-    if len(spec.sites) == 1 or spec.pool is not None:
+    if len(spec.sites) == 1 or spec.pool is not None or spec.post is not None or spec.shortcut.first:
         return False
     shortcut = spec.shortcut.site
     if shortcut is None:
@@ -124,10 +126,11 @@ def _run_link(
     """
     spec = link.spec
     closing = last and original is None and _closes(link)
-    stride = 1 if original is not None else hand_stride(link, engine)
+    branch = _residual(link, engine, state) if spec.shortcut.first and isinstance(state, Tensor) else None
+    stride = 1 if original is not None or branch is not None else hand_stride(link, engine)
     first, *others = spec.sites
     call, params = bind(link.block, first, engine, stride)
-    state, x = _apply_site(state, call, params, spec.shortcut.kind != "none")
+    state, x = _apply_site(state, call, params, spec.shortcut.kind != "none" and branch is None)
     for site in others[:-1] if closing else others:
         state, _ = _apply_site(state, *bind(link.block, site, engine), False)
     if closing:
@@ -135,17 +138,32 @@ def _run_link(
     if spec.pool is not None:
         window = (spec.pool.kernel, spec.pool.stride, spec.pool.padding)
         return PoolFunction.apply(engine, state.relu, window, state.y, state.moments, state.carrier)
-    if spec.shortcut.kind == "none" or x is None:
+    if branch is None and x is not None:
+        branch = _residual(link, engine, x, stride)
+    if branch is None or spec.shortcut.kind == "none":
         return state
-    residual = _residual(link, engine, x, stride)
     if original is not None and spec.shortcut.site is None:
-        residual = (original, None, None)
-    return Pending(state.y, state.moments, state.carrier, spec.relu, _skip(link), *residual)
+        branch = (original, None, None)
+    relu = spec.relu and spec.post is None
+    ended = Pending(state.y, state.moments, state.carrier, relu, _skip(link), *branch)
+    return ended if spec.post is None else _post_norm(link, engine, ended)
+
+
+def _post_norm(link: Link, engine: str, ended: Pending) -> Pending:
+    """The block's sum made, and the batch norm after it pending: whoever reads it applies affine and ReLU."""
+    total = close(ended, engine, not link.spec.inplace_add)
+    # A norm is bound with a convolution; that of the last site stands in, and its tensors are left out.
+    call, params = bind(link.block, SiteSpec(link.spec.sites[-1].conv, link.spec.post, link.spec.relu), engine)
+    y, moments, carrier = PostNormFunction.apply(call, total, None, None, *params[2:])
+    return Pending(y, moments, carrier, link.spec.relu)
 
 
 def recomputes(link: Link) -> bool:
-    """Whether the block runs a recomputing node: "min" always, "lean" where the last of its sites is 1x1."""
-    if link.spec.pool is not None or link.memory == "speed":
+    """Whether the block runs a recomputing node: "min" always, "lean" where the last of its sites is 1x1.
+
+    A literal block never does: its batch norms would move in another order, and the sum it norms is kept anyway.
+    """
+    if link.memory == "speed" or link.spec.pool is not None or link.spec.is_literal():
         return False
     last = child(link.block, link.spec.sites[-1].conv)
     return link.memory == "min" or (len(link.spec.sites) > 1 and last.kernel_size == _POINTWISE)
@@ -225,6 +243,8 @@ class Run:
     def feed(self, link: Link, last: bool = False) -> None:
         """Run one block on the current state; ``last`` where nothing will follow."""
         original: Tensor | None = None
+        if link.spec.shortcut.first:
+            self._materialised()
         if isinstance(self._state, Tensor):
             original = self._enter(link, self._state)
         if original is None and isinstance(self._state, Tensor) and infers(link, self._engine):

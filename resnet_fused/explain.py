@@ -16,6 +16,7 @@ from .fuse import REFUSAL
 from .links import child
 from .modules import Fused, FusedBlock, FusedStage, FusedTrunk
 from .recognise import Refusal, find_chains
+from .remarks import remarks
 from .siteplan import SitePlan, shape_of_conv, site_plans
 from .spec import ChainSpec
 from .structure import BINDING, obstacle
@@ -221,14 +222,12 @@ def _fused_record(name: str, kind: str, block: Fused | nn.Module, spec: ChainSpe
     if reason is not None:
         return BlockRecord(name, kind, False, reason, None)
     link = block.as_link() if isinstance(block, FusedBlock) else None
-    reason = "recognised" if kind != "stem" else "known network"
+    reasons = remarks(block, spec, binding.memory, "known network" if kind == "stem" else None)
     if isinstance(block, FusedBlock) and link is None:
-        reason, extent = "hook on the block: it is called by itself", "block"
+        reasons, extent = ["hook on the block: it is called by itself"], "block"
     elif link is not None and recomputes(link):
         extent = "block"
-    norms = synchronise.describe([child(block, site.bn) for site in spec.site_specs() if site.bn])  # type: ignore[arg-type]
-    reason = reason if norms is None else f"{reason}; {norms}"
-    return BlockRecord(name, kind, True, reason, _plan(block, spec, binding, extent))
+    return BlockRecord(name, kind, True, "; ".join(reasons), _plan(block, spec, binding, extent))
 
 
 def _plan(block: nn.Module | Fused, spec: ChainSpec, binding, extent: str) -> BlockPlan:  # type: ignore[no-untyped-def]

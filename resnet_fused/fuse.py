@@ -29,6 +29,7 @@ from .modules import (
 )
 from .probe import probe
 from .recognise import Refusal, find_chains
+from .register import registration
 from .spec import ChainSpec, PoolSpec, SiteSpec
 from .structure import BINDING, Binding, structure_of
 
@@ -48,8 +49,9 @@ def fuse(model: Model, *, memory: str = "speed", engine: str | None = None) -> M
 
     Raises:
         TypeError: ``model`` is not an ``nn.Module``.
-        ValueError: unknown ``memory`` or ``engine``, an engine that cannot run here, or a model whose
-            parameters are already sharded by ``fully_shard`` (fuse first, then shard).
+        ValueError: unknown ``memory`` or ``engine``, an engine that cannot run here, a model whose
+            parameters are already sharded by ``fully_shard`` (fuse first, then shard), or a block whose
+            class is registered with modules that it does not have.
 
     Equivalent to: the model as it was, in output, every gradient and every buffer, up to rounding.
     """
@@ -67,7 +69,8 @@ def fuse(model: Model, *, memory: str = "speed", engine: str | None = None) -> M
         if isinstance(found, Refusal):
             continue
         binding = Binding(found, memory, engine, structure_of(block))
-        reason = None if _known(block) else _prove(block, binding, proven)
+        known = _known(block) and not found.is_literal() and registration(block) is None
+        reason = None if known else _prove(block, binding, proven)
         if reason is None:
             _swap(block, FusedBlock, binding)
         else:

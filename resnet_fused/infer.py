@@ -17,7 +17,7 @@ from .reference import pad_residual
 
 def infers(link: Link, engine: str) -> bool:
     """Whether the block runs on running statistics alone, with nothing kept, on an engine with kernels for that."""
-    if torch.is_grad_enabled() or not hasattr(engines.get(engine), "site_infer"):
+    if link.spec.post is not None or torch.is_grad_enabled() or not hasattr(engines.get(engine), "site_infer"):
         return False
     sites = [site for site in link.spec.site_specs() if site.bn is not None]
     return not any(bind(link.block, site, engine)[0].training for site in sites)

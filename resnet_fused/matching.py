@@ -1,7 +1,7 @@
 """Steps to a chain: the match runs from the block's output backwards to its input.
 
-Everything a chain could not reproduce is a `MismatchError`: a module used twice, a value read twice, a
-shortcut whose channels or size would broadcast.
+Everything a chain could not reproduce is a `MismatchError`: a convolution used twice, a value read twice, a
+shortcut whose channels or size would broadcast. A batch norm may be used several times.
 """
 
 from __future__ import annotations
@@ -30,17 +30,30 @@ def match(steps: Steps, module: nn.Module) -> ChainSpec:
         MismatchError: they are not one.
     """
     _check_reuse(steps)
-    spec = _read(steps.result, module)
-    _check_channels(spec, module, steps)
-    _check_sizes(spec, module)
+    spec = _in_order(_read(steps.result, module), steps)
+    padded = None
+    if spec.shortcut.kind == "pad":
+        padded = _conv(module, spec.sites[0]).in_channels
+        for step in steps.reachable():
+            padded = max(sum(step.channels) + padded, step.total or 0)
+    check(spec, module, padded)
     return spec
 
 
+def check(spec: ChainSpec, module: nn.Module, padded: int | None = None) -> None:
+    """Whether the channels and sizes of a chain of ``module`` fit; ``padded``: the channels of option A's shortcut.
+
+    Raises:
+        MismatchError: they cannot run, or would broadcast.
+    """
+    _check_channels(spec, module, padded)
+    _check_sizes(spec, module)
+
+
 def _check_reuse(steps: Steps) -> None:
-    words = {"conv": "convolution", "bn": "batch norm"}
-    for (kind, path), times in Counter((s.kind, s.path) for s in steps.all if s.kind in words).items():
+    for path, times in Counter(s.path for s in steps.all if s.kind == "conv").items():
         if times > 1:
-            raise MismatchError(f"{words[kind]} '{path}' is used {times} times in one forward")
+            raise MismatchError(f"convolution '{path}' is used {times} times in one forward")
     for step in steps.all:
         if step.kind in ("bn", "relu") and step.inputs[0].kind == "input":
             raise MismatchError(f"pre-activation order: {step} reads the block's input")
@@ -62,13 +75,29 @@ def _read(step: Step, module: nn.Module) -> ChainSpec:
     relu = step.kind == "relu"
     if relu:
         step = step.source()
+    post: str | None = None
     if step.kind == "bn":
-        return ChainSpec(_read_sites(step, relu), relu=relu, pool=pool)
+        if step.source().kind != "add":
+            return ChainSpec(_read_sites(step, relu), relu=relu, pool=pool)
+        post, step = step.path, step.source()
     if step.kind != "add":
         raise MismatchError(_odd(step, "the ReLU" if relu else "the block's output"))
     if pool is not None:
         raise MismatchError("a max pool follows the shortcut's add")
-    return dataclasses.replace(_match_add(step, module), relu=relu)
+    return dataclasses.replace(_match_add(step, module), relu=relu, post=post)
+
+
+def _in_order(spec: ChainSpec, steps: Steps) -> ChainSpec:
+    """The spec with its shared batch norms used in the order of the forward: the statistics move at every use."""
+    shared = spec.shared_norms()
+    traced = [(s.path, s.source().path) for s in steps.all if s.kind == "bn" and s.path in shared]
+    for first in (False, True):
+        ordered = dataclasses.replace(spec, shortcut=dataclasses.replace(spec.shortcut, first=first))
+        if [use for use in ordered.uses() if use[0] in shared] == traced:
+            return ordered
+    raise MismatchError(
+        f"the shortcut uses batch norm '{traced[0][0]}' between two convolutions of the main path that share it"
+    )
 
 
 def _odd(step: Step, reader: str) -> str:
@@ -151,7 +180,7 @@ def _read_pad(step: Step) -> ShortcutSpec:
     return ShortcutSpec("pad", None, stride, before)
 
 
-def _check_channels(spec: ChainSpec, module: nn.Module, steps: Steps) -> None:
+def _check_channels(spec: ChainSpec, module: nn.Module, padded: int | None) -> None:
     """Channel counts that cannot run, or would broadcast, are refused here rather than at run time."""
     start = width = _conv(module, spec.sites[0]).in_channels
     for site in spec.sites:
@@ -160,10 +189,11 @@ def _check_channels(spec: ChainSpec, module: nn.Module, steps: Steps) -> None:
     if shortcut.site is not None:
         start = _site_width(shortcut.site, module, start)
     elif shortcut.kind == "pad":
-        for step in steps.reachable():
-            start = max(sum(step.channels) + start, step.total or 0)
+        start = width if padded is None else padded
     if shortcut.kind != "none" and start != width:
         raise MismatchError(f"the shortcut adds {start} channels to {width}")
+    if spec.post is not None:
+        _check_features(spec.post, module, width)
 
 
 def _site_width(site: SiteSpec, module: nn.Module, width: int) -> int:
@@ -171,11 +201,15 @@ def _site_width(site: SiteSpec, module: nn.Module, width: int) -> int:
     if conv.in_channels != width:
         raise MismatchError(f"convolution '{site.conv}' takes {conv.in_channels} channels and gets {width}")
     if site.bn is not None:
-        bn: Any = module.get_submodule(site.bn)
-        features = bn.running_mean.numel() if is_frozen_norm(bn) else bn.num_features
-        if features != conv.out_channels:
-            raise MismatchError(f"batch norm '{site.bn}' has {features} features for {conv.out_channels} channels")
+        _check_features(site.bn, module, conv.out_channels)
     return conv.out_channels
+
+
+def _check_features(path: str, module: nn.Module, channels: int) -> None:
+    bn: Any = module.get_submodule(path)
+    features = bn.running_mean.numel() if is_frozen_norm(bn) else bn.num_features
+    if features != channels:
+        raise MismatchError(f"batch norm '{path}' has {features} features for {channels} channels")
 
 
 def _conv(module: nn.Module, site: SiteSpec) -> nn.Conv2d:
@@ -210,5 +244,6 @@ def _check_sizes(spec: ChainSpec, module: nn.Module) -> None:
         if main == skip:
             return
     raise MismatchError(
-        f"for a {n}x{n} input the shortcut is {skip[0]}x{skip[1]} and the main path {main[0]}x{main[1]}"
+        f"for a {n}x{n} input the shortcut is {skip[0]}x{skip[1]} and the main path {main[0]}x{main[1]}, "
+        "which cannot be added; the padding or the stride of a convolution does not fit"
     )

@@ -71,11 +71,11 @@ def site_gradients(
     grads = site_backward(call, source, x, params, y, moments, g, sums, dskip, (need_source, needs[0]), mask)
     vectors = grads.conv_bias, grads.gamma, grads.beta
     if grads.beta is None:
-        vectors = _vector_gradients(call, params, moments, sums, needs)
+        vectors = vector_gradients(call, params, moments, sums, needs)
     return grads, (grads.weight, *vectors, None, None, None)
 
 
-def _vector_gradients(
+def vector_gradients(
     call: SiteCall, params: Sequence[Tensor | None], moments: Tensor, sums: Tensor, needs: tuple[bool, ...]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of the convolution's bias and of the batch norm's affine, where they are wanted."""

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from .matching import MismatchError, match
+from .register import registered_chain, registration
 from .spec import ChainSpec, SiteSpec
 from .steps import translate
 from .tracing import UntraceableError, is_frozen_norm, is_opaque, leaf_kind, named, record, replicate, stock_class
@@ -39,12 +40,19 @@ def recognise(module: nn.Module) -> ChainSpec | Refusal:
 
     Raises:
         TypeError: ``module`` is not an ``nn.Module``.
+        ValueError: its class is registered (`register.register_block`) with a module that it does not have.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"recognise: module: expected an nn.Module, got {type(module).__name__}")
     reason = _structure_obstacle(module)
     if reason is not None:
         return Refusal(reason)
+    told = registration(module)
+    if told is not None:
+        try:
+            return registered_chain(module, told)
+        except MismatchError as error:
+            return Refusal(str(error))
     with torch.inference_mode(False):  # tensors made in it do not count how often they are written to
         copy = replicate(module, lambda t: torch.empty_like(t, device="meta"))
     try:
@@ -128,7 +136,7 @@ def _conv_obstacle(conv: nn.Conv2d) -> str | None:
 def _inner(module: nn.Module, spec: ChainSpec, called: tuple[str, ...]) -> tuple[str, ...]:
     """The called modules that are no site's, and the containers on the way to any called one."""
     wanted = {".".join(path.split(".")[:n]) for path in called for n in range(1, path.count(".") + 2)}
-    own = {path for site in spec.site_specs() for path in (site.conv, site.bn)}
+    own = {spec.post, *(path for site in spec.site_specs() for path in (site.conv, site.bn))}
     return tuple(path for path, _ in module.named_modules() if path in wanted - own)
 
 
@@ -182,7 +190,8 @@ def _below(prefix: str, spec: ChainSpec) -> ChainSpec:
     shortcut = spec.shortcut
     if shortcut.site is not None:
         shortcut = dataclasses.replace(shortcut, site=site(shortcut.site))
-    return dataclasses.replace(spec, sites=tuple(site(s) for s in spec.sites), shortcut=shortcut, inner=())
+    post = None if spec.post is None else f"{prefix}.{spec.post}"
+    return dataclasses.replace(spec, sites=tuple(site(s) for s in spec.sites), shortcut=shortcut, post=post, inner=())
 
 
 def _is_block(module: nn.Module, convs: int) -> bool:

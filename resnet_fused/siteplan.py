@@ -97,9 +97,9 @@ def _runs(model: nn.Module) -> Iterator[tuple[str, list[nn.Module | Link]]]:
 
 def _sources(link: Link, pending: Link | None) -> tuple[str, str]:
     """What the block's first site reads, and what a join of it adds."""
-    if pending is None or recomputes(link):
+    if pending is None or recomputes(link) or link.spec.shortcut.first:
         return "plain", "none"
-    skip = pending.spec.shortcut.kind
+    skip = "none" if pending.spec.post is not None else pending.spec.shortcut.kind
     joins = skip != "none" or link.spec.shortcut.kind != "none"
     return ("join" if joins else "pending"), skip
 

@@ -105,7 +105,7 @@ def obstacle(block: nn.Module, binding: Binding) -> str | None:
         return "it has no chain"
     if _unchanged(block, binding.structure):
         return None
-    norms = {site.bn for site in binding.spec.site_specs()}
+    norms = set(binding.spec.norms())
     for prefix, children, complete in binding.structure:
         modules = (child(block, prefix) if prefix else block)._modules
         if complete and len(modules) != len(children):

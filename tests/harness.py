@@ -73,8 +73,9 @@ def hold_to_law(
     autocast: bool = False,
     device: str = "cpu",
     prepare: Callable[[nn.Module], object] | None = None,
+    run: Callable[..., Outcome] = step,
 ) -> nn.Module:
-    """Compare ``fuse(model)`` with ``model`` after one training step; returns the fused model.
+    """Compare ``fuse(model)`` with ``model`` after one training step, or what ``run`` does; returns the fused model.
 
     A ReLU mask flips where ``z`` is within rounding of zero, and a max pool's choice where two values
     tie: in a small block these are a few rare, large events, and which of two correct programs has one on a
@@ -96,7 +97,7 @@ def hold_to_law(
     for sample in SAMPLES[torch.finfo(dtype).bits < 32]:
         for i in range(len(draws), sample):
             drawn = x if i == 0 else torch.randn(x.shape, generator=torch.Generator().manual_seed(i))
-            draws.append(draw(stock, fused, drawn.to(device, stock_dtype), LAYOUTS[layout], amp))
+            draws.append(draw(stock, fused, drawn.to(device, stock_dtype), LAYOUTS[layout], amp, run))
         got, ref, *eager = (_stack(outcomes) for outcomes in zip(*draws, strict=True))
         if all(verdict.passed for verdict in judge_all(got, ref, eager, dtype)):
             return fused
@@ -105,15 +106,20 @@ def hold_to_law(
 
 
 def draw(
-    stock: nn.Module, fused: nn.Module, x: Tensor, layout: torch.memory_format, amp: torch.dtype | None
+    stock: nn.Module,
+    fused: nn.Module,
+    x: Tensor,
+    layout: torch.memory_format,
+    amp: torch.dtype | None,
+    run: Callable[..., Outcome] = step,
 ) -> tuple[Outcome, ...]:
     """Ours, the float64 reference, and eager in both layouts, on one input."""
-    ref = step(copy.deepcopy(stock).double(), x.double())
+    ref = run(copy.deepcopy(stock).double(), x.double())
     eager = [
-        step(copy.deepcopy(stock).to(memory_format=fmt), x.contiguous(memory_format=fmt), autocast=amp)
+        run(copy.deepcopy(stock).to(memory_format=fmt), x.contiguous(memory_format=fmt), autocast=amp)
         for fmt in LAYOUTS.values()
     ]
-    got = step(copy.deepcopy(fused), x.contiguous(memory_format=layout), autocast=amp)
+    got = run(copy.deepcopy(fused), x.contiguous(memory_format=layout), autocast=amp)
     assert got["output"].dtype == eager[0]["output"].dtype
     return got, ref, *eager
 

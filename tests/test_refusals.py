@@ -32,6 +32,12 @@ def _modifies_input(b: Block, x: Tensor) -> Tensor:
     return identity
 
 
+def _shortcut_in_the_middle(b: Block, x: Tensor) -> Tensor:
+    out = b.act(b.bn1(b.conv1(x)))
+    identity = b.bn1(b.conv3(x))
+    return b.act(b.bn1(b.conv2(out)) + identity)
+
+
 def _two_modes(b: Block, x: Tensor) -> Tensor:
     return F.relu(b.main(x) + x) if b.training else b.main(x) + x
 
@@ -117,9 +123,17 @@ def _instance_forward() -> Block:
 STRANGER = nn.ReLU()
 
 REFUSALS: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "shared bn": (
+    "shared bn on the input": (
         lambda: make(lambda b, x: F.relu(b.bn1(b.bn1(b.conv2(F.relu(b.bn1(b.conv1(x))))) + b.bn1(x)))),
-        "batch norm 'bn1' is used 4 times in one forward",
+        "pre-activation order: batch norm 'bn1' reads the block's input",
+    ),
+    "shared bn in the middle": (
+        lambda: make(_shortcut_in_the_middle, conv3=nn.Conv2d(4, 4, 1)),
+        "the shortcut uses batch norm 'bn1' between two convolutions of the main path that share it",
+    ),
+    "shared bn of two widths": (
+        lambda: make(lambda b, x: b.bn1(b.act(b.bn1(b.conv1(x)))), 4, 4, bn1=nn.BatchNorm2d(5)),
+        "batch norm 'bn1' follows a ReLU, not a convolution",
     ),
     "shared conv": (
         lambda: make(lambda b, x: b.bn2(b.conv1(b.bn1(b.conv1(x))))),
@@ -138,9 +152,21 @@ REFUSALS: dict[str, tuple[Callable[[], nn.Module], str]] = {
         "convolution 'conv1' is followed by convolution 'conv2', not by a batch norm",
     ),
     "conv then add": (lambda: make(lambda b, x: b.conv1(x) + x), "convolution 'conv1' is followed by the add"),
-    "bn after the add": (
-        lambda: make(lambda b, x: b.bn2(b.bn1(b.conv1(x)) + x)),
-        "batch norm 'bn2' follows an add, not a convolution",
+    "bn after a bn": (
+        lambda: make(lambda b, x: b.bn2(b.bn1(b.conv1(x)))),
+        "batch norm 'bn2' follows batch norm 'bn1', not a convolution",
+    ),
+    "conv after the add": (
+        lambda: make(lambda b, x: b.bn2(b.conv2(b.bn1(b.conv1(x)) + x))),
+        "convolution 'conv2' reads an add, which is not the end of a conv-BN-ReLU chain",
+    ),
+    "features after the add": (
+        lambda: make(lambda b, x: b.late(b.main(x) + x), late=nn.BatchNorm2d(3)),
+        "batch norm 'late' has 3 features for 4 channels",
+    ),
+    "pool after a bn after the add": (
+        lambda: make(lambda b, x: F.max_pool2d(b.act(b.bn1(b.main(x) + x)), 2)),
+        "a max pool follows the shortcut's add",
     ),
     "relu before the add": (
         lambda: make(lambda b, x: b.act(b.main(x)) + x),
@@ -235,7 +261,7 @@ REFUSALS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "broadcast": (lambda: Block(1, 4), "the shortcut adds 1 channels to 4"),
     "unpadded": (
         lambda: Block(conv1=nn.Conv2d(4, 4, 3)),
-        "for a 33x33 input the shortcut is 33x33 and the main path 31x31",
+        "for a 33x33 input the shortcut is 33x33 and the main path 31x31, which cannot be added",
     ),
     "spatial padding": (lambda: make(lambda b, x: b.main(x) + F.pad(x, (1, 1))), "pads otherwise than zero channels"),
     "both paddings": (

@@ -77,7 +77,9 @@ def replace_norms(model: nn.Module, norm: MakeNorm) -> nn.Module:
     Raises:
         ValueError: the model has no chain.
     """
-    found = [(name, block, spec) for name, block, spec in find_chains(model) if isinstance(spec, ChainSpec)]
+    chains = [(name, block, spec) for name, block, spec in find_chains(model) if isinstance(spec, ChainSpec)]
+    # a batch norm that is shared, or stands after the add, has no place in a `RivalBlock`
+    found = [(name, block, spec) for name, block, spec in chains if not spec.is_literal()]
     if not found:
         raise ValueError("the network has no block whose batch norms could be replaced")
     for name, block, spec in found:
