@@ -9,6 +9,7 @@ from . import functional
 from .blocks import BasicBlock, Bottleneck, ConvBNReLU, PlainBlock, Stem
 from .checking import check
 from .explain import explain
+from .freeze import freeze_bn, freeze_stages, unfreeze_bn, unfreeze_stages
 from .fuse import fuse, fused, unfuse
 from .graphs import graphed
 from .limits import disable
@@ -45,6 +46,8 @@ __all__ = [
     "cifar_resnet",
     "disable",
     "explain",
+    "freeze_bn",
+    "freeze_stages",
     "from_stages",
     "functional",
     "fuse",
@@ -63,6 +66,8 @@ __all__ = [
     "resnext101_32x8d",
     "resnext101_64x4d",
     "tune",
+    "unfreeze_bn",
+    "unfreeze_stages",
     "unfuse",
     "use_tuned",
     "wide_resnet50_2",

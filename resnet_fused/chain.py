@@ -15,7 +15,7 @@ from . import engines
 from .calls import NO_SKIP, SiteCall, SiteParams, Skip, handed
 from .closed import ClosedSiteFunction
 from .infer import infer_link, infers
-from .links import Link, bind, child, conv_padding, plain_projection, weight_and_bias
+from .links import Link, bind, child, conv_padding, is_frozen_norm, plain_projection, weight_and_bias
 from .nodes import CloseFunction, NodeCall, Pending, PoolFunction, SiteFunction
 from .postnorm import PostNormFunction
 from .recompute import RecomputeFunction
@@ -212,6 +212,20 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
+def _wants_gradient(state: Pending) -> bool:
+    return state.y.requires_grad or (state.residual is not None and state.residual.requires_grad)
+
+
+def _promotes(link: Link, x: Tensor) -> bool:
+    """Whether a frozen batch norm, which is arithmetic on its buffers, may give another dtype than the chain's."""
+    for site in link.spec.site_specs():
+        norm = child(link.block, site.bn) if site.bn else None
+        if norm is not None and type(norm) is not nn.BatchNorm2d and is_frozen_norm(norm):
+            if norm.weight.dtype != compute_dtype(x):
+                return True
+    return False
+
+
 def is_channels_last(t: Tensor) -> bool:
     """Whether a tensor is laid out in channels_last and not, as one of one channel may be, in both formats."""
     return t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
@@ -238,13 +252,17 @@ class Run:
         if not x.is_floating_point():
             return False
         wide = torch.float64 in (x.dtype, weight.dtype)
-        return x.dtype == weight.dtype or (not wide and _autocasts(x.device.type))
+        if x.dtype != weight.dtype and (wide or not _autocasts(x.device.type)):
+            return False
+        return not _promotes(link, x)
 
     def feed(self, link: Link, last: bool = False) -> None:
         """Run one block on the current state; ``last`` where nothing will follow."""
         original: Tensor | None = None
         if link.spec.shortcut.first:
             self._materialised()
+        if isinstance(self._state, Pending) and torch.is_grad_enabled() and not _wants_gradient(self._state):
+            self._materialised()  # the end of what is frozen: a join would keep its raw output for no backward
         if isinstance(self._state, Tensor):
             original = self._enter(link, self._state)
         if original is None and isinstance(self._state, Tensor) and infers(link, self._engine):

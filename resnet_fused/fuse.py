@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from . import eager, eager_blocks, engines
+from .links import is_frozen_norm
 from .modules import (
     NOTICE,
     STEM,
@@ -139,7 +140,17 @@ def _stock_class(module: nn.Module) -> Any:
 def _known(block: nn.Module) -> bool:
     """Whether the block's forward is one the tests of this package prove; matched by the function itself."""
     forward = _stock_class(block).forward
-    return "forward" not in block.__dict__ and any(forward is known for known in _known_forwards())
+    if "forward" in block.__dict__ or not all(_known_norm(m) for m in block.modules() if is_frozen_norm(m)):
+        return False
+    return any(forward is known for known in _known_forwards())
+
+
+def _known_norm(norm: nn.Module) -> bool:
+    """Whether it is torch's batch norm or torchvision's frozen one; any other frozen one is proven by the probe."""
+    misc = sys.modules.get("torchvision.ops.misc")
+    return isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm)) or (
+        misc is not None and type(norm) is getattr(misc, "FrozenBatchNorm2d", None)
+    )
 
 
 def _prove(block: nn.Module, binding: Binding, proven: dict[Any, str | None]) -> str | None:
@@ -196,11 +207,7 @@ def _stem_binding(model: nn.Module, memory: str, engine: str | None) -> Binding:
 def _stem_spec(model: Any) -> ChainSpec | None:
     """The stem of a known trunk as a chain, or None where it is not one."""
     conv, bn, relu, pool = (getattr(model, name) for name in STEM)
-    if (
-        type(conv) is not nn.Conv2d
-        or not isinstance(bn, (nn.BatchNorm2d, nn.SyncBatchNorm))
-        or conv.padding_mode != "zeros"
-    ):
+    if type(conv) is not nn.Conv2d or not _known_norm(bn) or conv.padding_mode != "zeros":
         return None
     if type(relu) not in (nn.ReLU, nn.Identity) or type(pool) not in (nn.MaxPool2d, nn.Identity):
         return None

@@ -42,6 +42,24 @@ def conv_padding(conv: nn.Conv2d) -> tuple[int, int]:
     return conv.padding  # type: ignore[return-value]
 
 
+_FROZEN_BUFFERS = {"weight", "bias", "running_mean", "running_var"}
+
+
+def is_frozen_norm(module: nn.Module | None) -> bool:
+    """Whether a module is built as a frozen batch norm is: four vectors of one length as buffers, nothing to train.
+
+    torchvision's ``FrozenBatchNorm2d`` is, and other projects' classes of that name are. The structure says nothing
+    of the forward: a block with a class that is not torchvision's is proven by the probe before it is fused.
+    """
+    if module is None or module._parameters or module._modules:
+        return False
+    buffers = module._buffers
+    if set(buffers) - {"num_batches_tracked"} != _FROZEN_BUFFERS:
+        return False
+    shapes = {None if (t := buffers[name]) is None else t.shape for name in _FROZEN_BUFFERS}
+    return len(shapes) == 1 and None not in shapes and len(next(iter(shapes))) == 1  # type: ignore[arg-type]
+
+
 # ``nn.Module.__getattr__`` comes after a failed look-up in the object; tensors are looked up where they are instead.
 
 
@@ -78,7 +96,7 @@ def bind(block: nn.Module, site: SiteSpec, engine: str, hand_stride: int = 1) ->
         site.relu,
         training,
         bn.momentum if batch_norm else 0.0,
-        bn.eps,
+        bn.eps if batch_norm else getattr(bn, "eps", 0.0),  # a frozen one without the attribute adds none
         hand_stride,
         False,
         synchronise.group_of(bn),

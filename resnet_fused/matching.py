@@ -12,9 +12,9 @@ from typing import Any, cast
 
 from torch import nn
 
+from .links import is_frozen_norm
 from .spec import ChainSpec, PoolSpec, ShortcutSpec, SiteSpec
 from .steps import Step, Steps
-from .tracing import is_frozen_norm
 
 _SIZES = (32, 33)
 
@@ -120,7 +120,7 @@ def _match_add(add: Step, module: nn.Module) -> ChainSpec:
     if add.inplace and main is not first:
         # in place keeps the left operand's dtype: that of the main path only if both end the same way
         ends = [module.get_submodule(step.path) for step in (main, other) if step.path]
-        if len(ends) < 2 or len({is_frozen_norm(m) for m in ends}) > 1:
+        if len(ends) < 2 or len({type(m) if is_frozen_norm(m) else None for m in ends}) > 1:
             raise MismatchError("the add is in place on the shortcut, not on the main path")
     return ChainSpec(sites, shortcut, inplace_add=add.inplace)
 

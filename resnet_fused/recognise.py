@@ -15,11 +15,12 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from .links import is_frozen_norm
 from .matching import MismatchError, match
 from .register import registered_chain, registration
 from .spec import ChainSpec, SiteSpec
 from .steps import translate
-from .tracing import UntraceableError, is_frozen_norm, is_opaque, leaf_kind, named, record, replicate, stock_class
+from .tracing import UntraceableError, is_opaque, leaf_kind, named, record, replicate, stock_class
 
 MAX_CONVS = 8
 MAX_MODULES = 64

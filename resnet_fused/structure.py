@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from .links import child
+from .links import child, is_frozen_norm
 from .spec import ChainSpec
 
 BINDING = "_resnet_fused"
@@ -69,10 +69,7 @@ def hooked_globally() -> bool:
 
 def _runs_norm(module: nn.Module | None) -> bool:
     """Whether the chain runs this module's batch norm."""
-    kind = type(module)
-    if kind.__name__ == "FrozenBatchNorm2d":
-        return kind.__module__ == "torchvision.ops.misc"
-    return kind in (nn.BatchNorm2d, nn.SyncBatchNorm)
+    return type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm) or is_frozen_norm(module)
 
 
 def _unchanged(block: nn.Module, structure: Structure) -> bool:

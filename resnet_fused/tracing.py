@@ -22,6 +22,7 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
+from .links import is_frozen_norm
 from .modules import Fused
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -47,12 +48,6 @@ _LEAVES: dict[type[nn.Module], str] = {
     nn.MaxPool2d: "pool",
     nn.Identity: "identity",
 }
-
-
-def is_frozen_norm(module: nn.Module) -> bool:
-    """Whether ``module`` is torchvision's ``FrozenBatchNorm2d``; torchvision is not imported for it."""
-    misc = sys.modules.get("torchvision.ops.misc")
-    return misc is not None and type(module) is getattr(misc, "FrozenBatchNorm2d", None)
 
 
 def is_opaque(module: nn.Module) -> bool:

@@ -28,7 +28,7 @@ LAYERS = (
     ("chain",),
     ("modules", "eager_blocks", "functional"),
     ("eager", "tracing", "steps", "matching", "register", "recognise", "probe", "graphs"),
-    ("fuse", "blocks"),
+    ("fuse", "blocks", "freeze"),
     ("counting", "devices", "passes", "siteplan"),
     ("costs",),
     ("remarks", "explain", "resnet", "architectures"),
