@@ -220,9 +220,8 @@ def _promotes(link: Link, x: Tensor) -> bool:
     """Whether a frozen batch norm, which is arithmetic on its buffers, may give another dtype than the chain's."""
     for site in link.spec.site_specs():
         norm = child(link.block, site.bn) if site.bn else None
-        if norm is not None and type(norm) is not nn.BatchNorm2d and is_frozen_norm(norm):
-            if norm.weight.dtype != compute_dtype(x):
-                return True
+        if norm is not None and is_frozen_norm(norm) and norm.weight.dtype != compute_dtype(x):
+            return True
     return False
 
 

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from . import engines, plan, synchronise
 from .chain import recomputes
-from .fuse import REFUSAL
+from .fuse import REFUSAL, loose_runs
 from .links import child
 from .modules import Fused, FusedBlock, FusedStage, FusedTrunk
+from .nets import FusedNet, run_obstacle
 from .recognise import Refusal, find_chains
 from .remarks import remarks
 from .siteplan import SitePlan, shape_of_conv, site_plans
@@ -149,6 +150,7 @@ def explain(model: nn.Module, x: Tensor | None = None) -> Explanation:
     for name, module in model.named_modules():
         if isinstance(module, FusedTrunk) and (spec := module.__dict__[BINDING].spec) is not None:
             records.append(_fused_record(f"{name}.stem".lstrip("."), "stem", module, spec, "trunk"))
+    records += [_run_record(*found) for found in loose_runs(model)]
     for name, block, found in find_chains(model):
         kind = type(block).__name__
         if isinstance(block, FusedBlock) and isinstance(found, ChainSpec):
@@ -228,6 +230,22 @@ def _fused_record(name: str, kind: str, block: Fused | nn.Module, spec: ChainSpe
     elif link is not None and recomputes(link):
         extent = "block"
     return BlockRecord(name, kind, True, "; ".join(reasons), _plan(block, spec, binding, extent))
+
+
+def _run_record(name: str, net: nn.Module, found: ChainSpec | Refusal) -> BlockRecord:
+    """A run loose in the forward of ``net``, named after its first convolution; or why there is none."""
+    if isinstance(found, Refusal):
+        return BlockRecord(name, type(net).__name__, False, found.reason, None)
+    name = f"{name}.{found.sites[0].conv}".lstrip(".")
+    binding = net.__dict__.get(BINDING) if isinstance(net, FusedNet) else None
+    run = next((run for run in binding.runs if run.spec == found), None) if binding is not None else None
+    if run is None:
+        reason = net.__dict__.get(REFUSAL, "a chain, but fuse has not been called")
+        return BlockRecord(name, "run", False, reason, None)
+    reason = run_obstacle(net, run)
+    if reason is not None:
+        return BlockRecord(name, "run", False, reason, None)
+    return BlockRecord(name, "run", True, "loose in the network's forward", _plan(net, found, run, "block"))
 
 
 def _plan(block: nn.Module | Fused, spec: ChainSpec, binding, extent: str) -> BlockPlan:  # type: ignore[no-untyped-def]

@@ -8,6 +8,7 @@ the model changes: no module, parameter, buffer or key is added, removed or repl
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import sys
 from collections.abc import Iterator
@@ -28,9 +29,11 @@ from .modules import (
     is_swapped,
     stage_names,
 )
+from .nets import FusedNet, NetBinding, RunBinding, bind_run
 from .probe import probe
 from .recognise import Refusal, find_chains
 from .register import registration
+from .runs import Found, find_runs
 from .spec import ChainSpec, PoolSpec, SiteSpec
 from .structure import BINDING, Binding, structure_of
 
@@ -77,6 +80,7 @@ def fuse(model: Model, *, memory: str = "speed", engine: str | None = None) -> M
         else:
             block.__dict__[REFUSAL] = reason
     _fuse_runs(model, memory, engine)
+    _fuse_nets(model, engine, proven)
     return model
 
 
@@ -113,7 +117,7 @@ def _restore(module: nn.Module) -> None:
         module.__dict__.pop(key, None)
 
 
-def _swap(module: nn.Module, mixin: type, binding: Binding) -> None:
+def _swap(module: nn.Module, mixin: type, binding: Binding | NetBinding) -> None:
     if not isinstance(module, mixin):
         module.__class__ = fused_class(type(module), mixin)
     module.__dict__[BINDING] = binding
@@ -178,6 +182,48 @@ def _fuse_runs(model: nn.Module, memory: str, engine: str | None) -> None:
                 _swap(module, FusedStage, Binding(None, memory, engine))
         elif _is_trunk(module) and any(_holds_block(module, name) for name in stage_names(module)):
             _swap(module, FusedTrunk, _stem_binding(module, memory, engine))
+
+
+def loose_runs(model: nn.Module) -> list[Found]:
+    """`find_runs`, known networks left out: their stems are fused with their stages."""
+    return find_runs(model, _is_trunk)
+
+
+def _fuse_nets(model: nn.Module, engine: str | None, proven: dict[Any, str | None]) -> None:
+    """Swap networks with loose runs; those of one network share its binding."""
+    held: dict[nn.Module, list[RunBinding]] = {}
+    for _, net, found in loose_runs(model):
+        if isinstance(found, Refusal) or isinstance(net, (FusedBlock, FusedStage, FusedTrunk)):
+            continue
+        net.__dict__.pop(REFUSAL, None)
+        reason = _prove_run(net, found, engine, proven)
+        if reason is None:
+            held.setdefault(net, []).append(bind_run(net, found, engine))
+        else:
+            net.__dict__[REFUSAL] = reason
+    for net, runs in held.items():
+        _swap(net, FusedNet, NetBinding(tuple(runs), engine))
+
+
+def _prove_run(net: nn.Module, spec: ChainSpec, engine: str | None, proven: dict[Any, str | None]) -> str | None:
+    """Probe a run by itself; the network's forward is not part of the proof, as it runs as it was written."""
+    parts: list[nn.Module] = []
+    sites: list[SiteSpec] = []
+    for site in spec.sites:
+        sites.append(SiteSpec(str(len(parts)), str(len(parts) + 1), site.relu))
+        parts += [net.get_submodule(site.conv), net.get_submodule(site.bn or ""), *([nn.ReLU()] if site.relu else [])]
+    if spec.pool is not None:
+        parts.append(nn.MaxPool2d(*dataclasses.astuple(spec.pool)))
+    alone = ChainSpec(tuple(sites), relu=spec.relu, pool=spec.pool)
+    key = (alone, engine, tuple((m.extra_repr(), m.training) for m in parts))
+    if key not in proven:
+        proven[key] = probe(nn.Sequential(*parts), lambda twin: _probe_net(twin, alone, engine), alone)
+    return proven[key]
+
+
+def _probe_net(twin: nn.Module, spec: ChainSpec, engine: str | None) -> nn.Module:
+    _swap(twin, FusedNet, NetBinding((bind_run(twin, spec, engine),), engine))
+    return twin
 
 
 def _holds_block(model: nn.Module, name: str) -> bool:

@@ -66,7 +66,7 @@ class FusedBlock(Fused):
                 run.feed(link, last=True)
                 return run.finish()
         else:
-            _notice(self, reason)
+            notice(self, reason)
         return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
@@ -133,7 +133,7 @@ def run_modules(modules: Iterable[nn.Module | Link], x: Tensor) -> Tensor:
     return run.finish()
 
 
-def _notice(block: Any, reason: str) -> None:
+def notice(block: Any, reason: str) -> None:
     """Say once per object and reason that a block runs as it was written; never while compiling."""
     if torch.compiler.is_compiling() or block.__dict__.get(NOTICE) == reason:
         return
@@ -141,15 +141,15 @@ def _notice(block: Any, reason: str) -> None:
     warnings.warn(f"resnet_fused: a {type(block).__name__} runs unfused: {reason}", UserWarning, stacklevel=3)
 
 
-_MIXINS: dict[str, type] = {"block": FusedBlock, "stage": FusedStage, "trunk": FusedTrunk}
+MIXINS: dict[str, type[Fused]] = {"block": FusedBlock, "stage": FusedStage, "trunk": FusedTrunk}
 _CLASSES: dict[tuple[type, type], type] = {}
 
 
 def _mixin_name(cls: type) -> str:
-    return next(name for name, mixin in _MIXINS.items() if issubclass(cls, mixin))
+    return next(name for name, mixin in MIXINS.items() if issubclass(cls, mixin))
 
 
-def fused_class(stock: type, mixin: type) -> type:
+def fused_class(stock: type, mixin: type[Fused]) -> type:
     """The fused twin of a stock class; made once, with the stock class's name."""
     key = (stock, mixin)
     if key not in _CLASSES:
@@ -158,6 +158,7 @@ def fused_class(stock: type, mixin: type) -> type:
             "__qualname__": stock.__qualname__,
             "__doc__": stock.__doc__,
             "stock_class": stock,
+            **getattr(mixin, "class_body", lambda _: {})(stock),
         }
         _CLASSES[key] = type(stock)(stock.__name__, (mixin, stock), body)
     return _CLASSES[key]
@@ -170,11 +171,11 @@ def is_swapped(module: object) -> bool:
 
 def register_fused_class(cls: type) -> type:
     """Class decorator: make a written-out fused class the twin of its ``stock_class``."""
-    mixin = _MIXINS[_mixin_name(cls)]
+    mixin = MIXINS[_mixin_name(cls)]
     _CLASSES[(cls.stock_class, mixin)] = cls  # type: ignore[attr-defined]
     return cls
 
 
 def _new_fused(mixin: str, stock: type, *args: Any) -> Any:
-    cls = fused_class(stock, _MIXINS[mixin])
+    cls = fused_class(stock, MIXINS[mixin])
     return cls.__new__(cls, *args)

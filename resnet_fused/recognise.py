@@ -78,7 +78,7 @@ def _structure_obstacle(module: nn.Module) -> str | None:
     if kinds["conv"] > MAX_CONVS or len(modules) > MAX_MODULES:
         return f"it is larger than a block: {kinds['conv']} convolutions in {len(modules)} modules"
     for path, m in modules:
-        reason = _module_obstacle(m)
+        reason = module_obstacle(m)
         if reason is not None:
             return f"{named(path, m)} {reason}"
     for kind, exact in (("conv", "nn.Conv2d"), ("bn", "nn.BatchNorm2d")):
@@ -99,7 +99,7 @@ def _families(module: nn.Module) -> Counter[str | None]:
     return Counter(_family(m) for m in module.modules())
 
 
-def _module_obstacle(m: nn.Module) -> str | None:
+def module_obstacle(m: nn.Module) -> str | None:
     """Why one module could do something its class's forward does not show."""
     kind = leaf_kind(m)
     if parametrize.is_parametrized(m):

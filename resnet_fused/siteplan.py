@@ -20,6 +20,7 @@ from .fuse import unfuse
 from .kernels.geometry import Geometry, precision
 from .links import Link, child, conv_padding
 from .modules import FusedBlock, FusedStage, FusedTrunk, stage_names
+from .nets import FusedNet, run_obstacle
 from .spec import SiteSpec
 from .structure import BINDING
 
@@ -80,6 +81,11 @@ def shape_of_conv(conv: nn.Conv2d, size: tuple[int, ...], dtype: torch.dtype) ->
 
 def _runs(model: nn.Module) -> Iterator[tuple[str, list[nn.Module | Link]]]:
     """Every chain that is run as one, by its extent: the modules and links in it, in order."""
+    for module in model.modules():
+        if isinstance(module, FusedNet):
+            for run in module.__dict__[BINDING].runs:
+                if run_obstacle(module, run) is None:
+                    yield "block", [Link(module, run.spec, run.memory, run.engine)]
     inside: set[int] = set()
     for kind, extent in ((FusedTrunk, "trunk"), (FusedStage, "stage"), (FusedBlock, "block")):
         for module in model.modules():

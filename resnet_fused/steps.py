@@ -96,6 +96,19 @@ def translate(root: nn.Module, graph: Graph) -> Steps:
     return _Translator(root).run(graph)
 
 
+def step_of(root: nn.Module, node: Node) -> Step | None:
+    """One node of a recorded graph by itself; what it reads, and what an identity returns, is of kind ``unknown``.
+
+    None where the node is outside the vocabulary.
+    """
+    translator = _Translator(root)
+    translator.values = {source: Step("unknown") for source in node.all_input_nodes}
+    try:
+        return translator.step(node)
+    except UntraceableError:
+        return None
+
+
 class _Translator:
     def __init__(self, root: nn.Module) -> None:
         self.root = root

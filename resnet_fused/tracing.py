@@ -122,10 +122,14 @@ def _ambient() -> tuple[object, ...]:
 
 
 class _Recorder(torch.fx.Tracer):
-    """`torch.fx.Tracer` whose leaves are the classes a chain knows, with one input and no constants."""
+    """`torch.fx.Tracer` whose leaves are the classes a chain knows, with one input and no constants.
 
-    def __init__(self) -> None:
+    With ``leaves``, paths of further modules that are not looked into, constants are allowed.
+    """
+
+    def __init__(self, leaves: frozenset[str] | None = None) -> None:
         super().__init__()
+        self.leaves = leaves
         self.called: list[str] = []
         self.stack: list[str] = []
         self.ambient = _ambient()
@@ -134,6 +138,8 @@ class _Recorder(torch.fx.Tracer):
         return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if self.leaves is not None and module_qualified_name in self.leaves:
+            return True
         return leaf_kind(m) is not None or isinstance(m, tuple(_LEAVES)) or is_opaque(m)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -160,7 +166,7 @@ class _Recorder(torch.fx.Tracer):
         return node
 
     def create_arg(self, a: Any) -> Any:
-        if isinstance(a, Tensor) and not isinstance(a, nn.Parameter):
+        if self.leaves is None and isinstance(a, Tensor) and not isinstance(a, nn.Parameter):
             raise UntraceableError(f"{self.where()} computes with a tensor of its own")
         return super().create_arg(a)
 
@@ -244,6 +250,42 @@ def _first_change(
     return None
 
 
+def _trace(recorder: _Recorder, copy: nn.Module) -> torch.fx.Graph:
+    """The graph; whatever goes wrong becomes an `UntraceableError`."""
+    try:
+        return recorder.trace(copy)
+    except UntraceableError:
+        raise
+    except torch.fx.proxy.TraceError:
+        raise UntraceableError(f"{recorder.where()} has data-dependent control flow") from None
+    except Exception as error:  # user code may raise anything; it becomes the reason
+        lines = str(error).strip().splitlines() or [""]
+        detail = f"{type(error).__name__}: {lines[0]}"[:160]
+        raise UntraceableError(f"{recorder.where()} cannot be traced: {detail}") from None
+
+
+def record_partly(
+    copy: nn.Module, training: bool, leaves: frozenset[str]
+) -> tuple[torch.fx.Graph, tuple[str, ...], str | None]:
+    """What of a network's forward can be recorded: the graph, the modules called, and why it ends early, or None.
+
+    Args:
+        copy: made by `replicate`.
+        leaves: the paths of the modules that are not looked into.
+    """
+    for module in copy.modules():
+        module.training = training
+    reason: str | None = None
+    try:
+        with _guarded(training):
+            recorder = _Recorder(leaves)
+            recorder.graph = torch.fx.Graph()
+            _trace(recorder, copy)
+    except UntraceableError as error:
+        reason = str(error)
+    return recorder.graph, tuple(dict.fromkeys(recorder.called)), reason
+
+
 def record(copy: nn.Module, training: bool) -> tuple[torch.fx.Graph, tuple[str, ...]]:
     """Trace a copy made by `replicate`: its graph, and the paths of the modules called, in order.
 
@@ -258,16 +300,7 @@ def record(copy: nn.Module, training: bool) -> tuple[torch.fx.Graph, tuple[str, 
     with _guarded(training):
         recorder = _Recorder()
         before = _attributes(copy)
-        try:
-            graph = recorder.trace(copy)
-        except UntraceableError:
-            raise
-        except torch.fx.proxy.TraceError:
-            raise UntraceableError(f"{recorder.where()} has data-dependent control flow") from None
-        except Exception as error:  # user code may raise anything; it becomes the reason
-            lines = str(error).strip().splitlines() or [""]
-            detail = f"{type(error).__name__}: {lines[0]}"[:160]
-            raise UntraceableError(f"{recorder.where()} cannot be traced: {detail}") from None
+        graph = _trace(recorder, copy)
         changed = _first_change(before, _attributes(copy))
     if changed is not None:
         raise UntraceableError(f"its forward changes the attribute '{changed}', which a chain would not do")
