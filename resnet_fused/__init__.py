@@ -8,6 +8,7 @@ from __future__ import annotations
 from . import functional
 from .blocks import BasicBlock, Bottleneck, ConvBNReLU, PlainBlock, Stem
 from .checking import check
+from .checkpoints import Conversion, ConversionError, convert, convert_file, convert_optimizer
 from .explain import explain
 from .freeze import freeze_bn, freeze_stages, unfreeze_bn, unfreeze_stages
 from .fuse import fuse, fused, unfuse
@@ -39,11 +40,16 @@ __all__ = [
     "BasicBlock",
     "Bottleneck",
     "ConvBNReLU",
+    "Conversion",
+    "ConversionError",
     "PlainBlock",
     "Stem",
     "TuneReport",
     "check",
     "cifar_resnet",
+    "convert",
+    "convert_file",
+    "convert_optimizer",
     "disable",
     "explain",
     "freeze_bn",

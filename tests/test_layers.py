@@ -14,7 +14,7 @@ import resnet_fused
 ROOT = Path(resnet_fused.__file__).parent
 # A module may import those to its left and none to its right.
 LAYERS = (
-    ("numerics", "spec", "reference", "calls", "reference_projection", "limits", "statistics"),
+    ("numerics", "checkpoints", "spec", "reference", "calls", "reference_projection", "limits", "statistics"),
     ("winners",),
     ("kernels", "plan"),
     ("engines",),
