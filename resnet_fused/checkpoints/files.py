@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -125,18 +124,14 @@ def load(path: str | os.PathLike[str]) -> Any:
             is not installed.
         OSError: it cannot be read.
     """
-    if Path(path).suffix == SAFETENSORS:
+    safe = _safetensors() if Path(path).suffix == SAFETENSORS else None
+    with open(path, "rb") as file:
         try:
-            return _safetensors().load_file(path)
-        except OSError:
-            raise
-        except Exception as error:  # its own exception class has no public base
-            raise ConversionError(f"convert: {path}: no whole safetensors file: {error}") from error
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ConversionError(f"convert: {path}: torch.load(weights_only=True) refuses it: {first}") from error
+            return safe.load_file(path) if safe else torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged file makes either reader raise nearly anything, OSError too
+            reader = "safetensors" if safe else "torch.load(weights_only=True)"
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise ConversionError(f"convert: {path}: {reader} refuses it: {reason}") from error
 
 
 def save(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
