@@ -156,6 +156,11 @@ def test_labml_stages_are_inferred_by_either_stride_rule(rule, bottlenecks):
     assert list(there) == list(expected.state_dict())
 
 
+def test_labml_stages_begin_at_a_projection_too():
+    net = meta(source_a.ResNetBase, (2, 3), (16, 16), stride_rule="paper")
+    assert convert(net.state_dict(), return_report=True)[1].stages == (2, 3)
+
+
 def test_labml_stages_given():
     net = meta(source_a.ResNetBase, (2, 2), (16, 16), stride_rule="labml")
     assert convert(net.state_dict(), return_report=True)[1].stages == (4,)
@@ -196,6 +201,52 @@ def test_timm_variants_through_themselves(architecture):
     source = meta(timm.create_model, architecture).state_dict()
     same, report = convert(source, dst="timm", return_report=True)
     assert report.src == "timm" and list(same) == list(source)
+
+
+@pytest.mark.full
+def test_every_timm_resnet_through_itself():
+    """All that timm builds of its resnet module."""
+    timm = pytest.importorskip("timm", reason="timm is not a dependency")
+    for architecture in timm.list_models(module="resnet"):
+        source = meta(timm.create_model, architecture).state_dict()
+        same, report = convert(source, dst="timm", return_report=True)
+        assert list(same) == list(source) and "timm" in (report.src, *report.also), architecture
+
+
+def test_basic_and_bottleneck_stages_in_one_net():
+    timm = pytest.importorskip("timm", reason="timm is not a dependency")
+    source = meta(timm.create_model, "test_resnet").state_dict()
+    assert "layer3.0.conv3.weight" in source and "layer1.0.conv3.weight" not in source
+    assert list(convert(source, dst="timm")) == list(source)
+    del source["layer3.0.conv3.weight"]
+    with pytest.raises(ConversionError, match=r"timm: layer3.0.conv3.weight is missing"):
+        convert(source)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "entries"),
+    [
+        ("resnet18", 122),
+        pytest.param("resnet34", 218, marks=pytest.mark.full),
+        ("resnet50", 320),
+        pytest.param("resnext101_32x8d", 626, marks=pytest.mark.full),
+        pytest.param("resnet152", 932, marks=pytest.mark.full),
+    ],
+)
+def test_torchvisions_nets_through_huggingfaces_names(architecture, entries):
+    library = pytest.importorskip("torchvision.models", reason="torchvision is an optional extra")
+    source = meta(getattr(library, architecture)).state_dict()
+    there = convert(source, dst="transformers")
+    back, report = convert(there, return_report=True)
+    assert len(there) == entries and report.src == "transformers" and not report.warnings
+    assert list(back) == list(source) and all(back[key] is source[key] for key in source)
+
+
+def test_weights_older_than_the_counter():
+    source = meta(cifar_resnet, 8, "B", fused=False).state_dict()
+    old = {key: value for key, value in source.items() if not key.endswith("num_batches_tracked")}
+    there, report = convert(old, return_report=True)
+    assert list(there) == list(source) and {*report.created} == {*source} - {*old}
 
 
 def test_timm_d_is_mmpretrains_and_mmdets_v1d():

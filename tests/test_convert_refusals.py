@@ -45,6 +45,21 @@ def test_a_key_removed_is_named(name, source):
         assert f"{key} is missing" in str(refusal.value)
 
 
+@pytest.mark.parametrize(("gone", "named"), [("layer2.0.", "layer2.0.conv1"), ("layer1.", "layer1.0.conv1")])
+def test_a_block_or_a_stage_removed_is_named(gone, named):
+    damaged = {key: value for key, value in net().items() if not key.startswith(gone)}
+    with pytest.raises(ConversionError, match=f"torchvision: {named}.weight is missing"):
+        convert(damaged)
+
+
+def test_a_projection_removed_is_named_where_another_stands():
+    with torch.device("meta"):
+        source = ResNet(BasicBlock, (1, 1, 1), planes=(8, 16, 32), stem=StemConfig(8)).state_dict()
+    damaged = {key: value for key, value in source.items() if not key.startswith("layer2.0.downsample.")}
+    with pytest.raises(ConversionError, match=r"torchvision: layer2.0.downsample.0.weight is missing"):
+        convert(damaged)
+
+
 @pytest.mark.parametrize(("name", "source"), EVERYWHERE)
 @pytest.mark.parametrize("extra", ["{0}.extra", "extra.weight", "extra", "{1}.weight2", "{1}.running_mean.weight"])
 def test_a_key_added_is_named(name, source, extra):
@@ -68,6 +83,15 @@ def test_a_key_missing_is_announced_where_it_is_allowed():
     there, report = convert(damaged, dst="transformers", strict=False, return_report=True)
     assert report.notes == ("layer2.1.bn2.bias is missing",) and len(there) == len(damaged)
     assert "note: layer2.1.bn2.bias is missing" in str(report)
+
+
+def test_what_is_not_strict_still_finds_the_format():
+    damaged = {**convert(net(), dst="transformers"), "extra": torch.empty(1)}
+    with pytest.warns(UserWarning, match="left out, of unknown meaning: extra"):
+        there, report = convert(damaged, strict=False, return_report=True)
+    assert report.src == "transformers" and list(there) == list(net())
+    with pytest.raises(ConversionError, match="no format reads all 1 keys"):
+        convert({"extra": torch.empty(1)}, strict=False)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ def problems(net: Net, spell: Spell) -> list[str]:
 
 
 def _missing(net: Net) -> Iterator[Role]:
-    blocks, count = net.blocks, max(net.convolutions, 2)
+    blocks = net.blocks
     if not blocks:
         yield Role("block", 0, 0, "conv1", "weight")
     yield from _gaps(net)
@@ -43,11 +43,11 @@ def _missing(net: Net) -> Iterator[Role]:
         for leaf in wanted:
             yield Role(part, *place, slot, leaf)
 
-    for part, place, slot in _layers(net, blocks, count):
+    for part, place, slot in _layers(net, blocks):
         yield from layer(part, place, slot)
 
 
-def _layers(net: Net, blocks: list[tuple[int, int]], count: int) -> Iterator[tuple[str, tuple[int, int], str]]:
+def _layers(net: Net, blocks: list[tuple[int, int]]) -> Iterator[tuple[str, tuple[int, int], str]]:
     """Every layer that a net with these parts has."""
     present = {role.layer for role in net.tensors}
     stem = {slot for part, _, _, slot in present if part == "stem"}
@@ -59,8 +59,7 @@ def _layers(net: Net, blocks: list[tuple[int, int]], count: int) -> Iterator[tup
     for slot in wanted:
         yield "stem", (0, 0), slot
     in_blocks = {slot for part, _, _, slot in present if part == "block"}
-    everywhere = {f"{kind}{k}" for k in range(1, count + 1) for kind in ("conv", "norm")}
-    everywhere |= {slot for slot in in_blocks if slot.startswith(("se.", "eca"))}
+    everywhere = {slot for slot in in_blocks if slot.startswith(("se.", "eca"))}
     if any(slot.startswith("se.") for slot in in_blocks):
         everywhere |= {"se.1", "se.2"}
     projection = ["shortcut.conv", *(["shortcut.norm"] if "shortcut.norm" in in_blocks else [])]
@@ -69,7 +68,9 @@ def _layers(net: Net, blocks: list[tuple[int, int]], count: int) -> Iterator[tup
     if any(_changes(net, block) for block in projected):
         projected |= changed
     for block in blocks:
-        for slot in [*sorted(everywhere), *(projection if block in projected else [])]:
+        numbers = range(1, max(net.convolutions.get(block[0], 0), 2) + 1)
+        main = [f"{kind}{k}" for k in numbers for kind in ("conv", "norm")]
+        for slot in [*main, *sorted(everywhere), *(projection if block in projected else [])]:
             yield "block", block, slot
     if any(part == "head" for part, *_ in present):
         yield "head", (0, 0), "linear"

@@ -83,9 +83,13 @@ class Net:
         return tuple(sum(stage == s for s, _ in blocks) for stage in range(1 + max((s for s, _ in blocks), default=-1)))
 
     @functools.cached_property
-    def convolutions(self) -> int:
-        """How many convolutions the main path of a block has."""
-        return max((int(role.slot[-1]) for role in self.where("block") if role.slot[:-1] == "conv"), default=0)
+    def convolutions(self) -> dict[int, int]:
+        """How many convolutions the main path of a block has, by stage."""
+        counts: dict[int, int] = {}
+        for role in self.where("block"):
+            if role.slot[:-1] in ("conv", "norm"):
+                counts[role.stage] = max(counts.get(role.stage, 0), int(role.slot[-1]))
+        return counts
 
     @functools.cached_property
     def stem_convolutions(self) -> int:
@@ -99,7 +103,7 @@ class Net:
 
     def channels(self, block: tuple[int, int]) -> tuple[int, int] | None:
         """Input and output channels of a block; None where its convolutions are not all there."""
-        first, last = self.shape(block, "conv1"), self.shape(block, f"conv{self.convolutions}")
+        first, last = self.shape(block, "conv1"), self.shape(block, f"conv{self.convolutions.get(block[0], 0)}")
         return (first[1], last[0]) if len(first) == len(last) == 4 else None
 
     @functools.cached_property

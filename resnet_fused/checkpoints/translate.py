@@ -160,7 +160,8 @@ def _keys(net: Net, target: Format, prefix: str | None) -> dict[Role, str]:
 def _warnings(reading: Reading, net: Net, target: Format) -> list[str]:
     """In what the two formats' models differ beyond their keys."""
     source, found = reading.format, unusual(net, target)
-    if net.convolutions == 3 and source.stride_in and target.stride_in and source.stride_in != target.stride_in:
+    strides = {source.stride_in, target.stride_in} - {None}
+    if 3 in net.convolutions.values() and len(strides) == 2:
         found.append(
             f"{source.name}'s bottlenecks stride in their {source.stride_in} convolution, {target.name}'s in their "
             f"{target.stride_in}; no state dict says which: build the destination to stride as the source does"
