@@ -14,7 +14,6 @@ import sys
 from collections.abc import Sequence
 
 INTERRUPTED = 130
-BAD_INPUT = 2
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -51,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except UserError as error:
         print(f"resnet-fused: error: {error}", file=sys.stderr)
-        return BAD_INPUT
+        return error.exit_code
     except KeyboardInterrupt:
         print("resnet-fused: interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .data import Dataset
 from .errors import UserError
+from .ranks import ALONE, Ranks
 
 _EVAL_BATCH = 500
 _PADDING_SHARE = 8  # pad by an eighth of the image: 4 pixels of 32, as He et al. 2015 do
@@ -22,7 +23,9 @@ def _generator(seed: int, stream: int, index: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 
 
-def crop_and_flip(images: Tensor, padding: int, flip: bool, generator: torch.Generator) -> Tensor:
+def crop_and_flip(
+    images: Tensor, padding: int, flip: bool, generator: torch.Generator, part: slice | None = None, of: int = 0
+) -> Tensor:
     """Pad by ``padding`` zeros, crop at random to the old size, mirror half of the images when ``flip``.
 
     Args:
@@ -30,14 +33,16 @@ def crop_and_flip(images: Tensor, padding: int, flip: bool, generator: torch.Gen
         padding: pixels on each side.
         flip: whether to mirror.
         generator: where the randomness comes from.
+        part, of: ``images`` are this part of a batch of ``of``, and are treated as in the whole; None: all of it.
 
     Returns:
         The same shape and dtype; one gather, no loop over the images.
     """
     n, c, h, w = images.shape
+    total, part = (n, slice(None)) if part is None else (of, part)
     padded = F.pad(images, (padding, padding, padding, padding))
-    top, left = torch.randint(2 * padding + 1, (2, n, 1), generator=generator)
-    mirrored = torch.rand(n, 1, generator=generator) < 0.5 if flip else torch.zeros(n, 1, dtype=torch.bool)
+    top, left = torch.randint(2 * padding + 1, (2, total, 1), generator=generator)[:, part]
+    mirrored = torch.rand(total, 1, generator=generator)[part] < 0.5 if flip else torch.zeros(n, 1, dtype=torch.bool)
     rows = top + torch.arange(h)
     columns = left + torch.where(mirrored, torch.arange(w - 1, -1, -1), torch.arange(w))
     pixels = rows[:, :, None] * padded.shape[3] + columns[:, None, :]
@@ -52,10 +57,18 @@ class Batches:
         augment: crop, and mirror where the data allows it.
         channels: what the model reads; grey images are repeated to three.
         channels_last: the memory format of the images handed out.
+        ranks: this process hands out its part of every batch.
     """
 
     def __init__(
-        self, dataset: Dataset, batch_size: int, seed: int, augment: bool, channels: int, channels_last: bool
+        self,
+        dataset: Dataset,
+        batch_size: int,
+        seed: int,
+        augment: bool,
+        channels: int,
+        channels_last: bool,
+        ranks: Ranks = ALONE,
     ) -> None:
         count, own = len(dataset.train_labels), dataset.train_images.shape[1]
         if not 1 <= batch_size <= count:
@@ -70,6 +83,7 @@ class Batches:
         self.augment = augment
         self.channels = channels
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.ranks = ranks
         self.per_epoch = count // batch_size
         self._mean, self._std = dataset.moments()
         self._epoch = -1
@@ -80,21 +94,26 @@ class Batches:
         return floats.contiguous(memory_format=self.memory_format)
 
     def train(self, iteration: int) -> tuple[Tensor, Tensor]:
-        """Images ``(N, C, H, W)`` float32 and labels ``(N,)`` int64 of step ``iteration``, counted from 0."""
+        """Images ``(N, C, H, W)`` float32 and labels ``(N,)`` int64 of step ``iteration``, counted from 0.
+
+        What is drawn is drawn for the whole batch, so that it does not depend on the number of ranks.
+        """
         epoch, step = divmod(iteration, self.per_epoch)
         if epoch != self._epoch:
             self._order = torch.randperm(len(self.dataset.train_labels), generator=_generator(self.seed, 0, epoch))
             self._epoch = epoch
         chosen = self._order[step * self.batch_size : (step + 1) * self.batch_size]
+        part, total = self.ranks.part(len(chosen)), len(chosen)
+        chosen = chosen[part]
         images = self.dataset.train_images[chosen]
         if self.augment:
             padding = max(1, round(images.shape[-1] / _PADDING_SHARE))
-            images = crop_and_flip(images, padding, self.dataset.flippable, _generator(self.seed, 1, iteration))
+            draws = _generator(self.seed, 1, iteration)
+            images = crop_and_flip(images, padding, self.dataset.flippable, draws, part, total)
         return self._normalise(images), self.dataset.train_labels[chosen]
 
-    def test(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The test images in order."""
-        for images, labels in zip(
-            self.dataset.test_images.split(_EVAL_BATCH), self.dataset.test_labels.split(_EVAL_BATCH)
-        ):
-            yield self._normalise(images), labels
+    def test(self) -> Iterator[tuple[Tensor, Tensor] | None]:
+        """The test images in order, in batches; None stands for a batch of another rank's."""
+        batches = zip(self.dataset.test_images.split(_EVAL_BATCH), self.dataset.test_labels.split(_EVAL_BATCH))
+        for number, (images, labels) in enumerate(batches):
+            yield (self._normalise(images), labels) if number % self.ranks.size == self.ranks.rank else None

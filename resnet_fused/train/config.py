@@ -17,7 +17,7 @@ class TrainConfig:
     ``batch_size``, ``lr`` and ``iterations`` of 0 stand for the recipe's; ``epochs``, when not 0, wins over
     ``iterations``. ``eval_every`` and ``checkpoint_every`` count iterations, 0 stands for a tenth of the run.
     ``threads`` is the number of CPU threads, 0 torch's own choice. ``image_size``: pixels that images are
-    resized to, 0 the data's own.
+    resized to, 0 the data's own. ``sync_bn``: on several ranks, batch norm by the statistics of the whole batch.
     """
 
     model: str = "cifar-20"
@@ -37,6 +37,7 @@ class TrainConfig:
     threads: int = 0
     seed: int = 0
     device: str = "cpu"
+    sync_bn: bool = True
     eval_every: int = 0
     checkpoint_every: int = 0
 

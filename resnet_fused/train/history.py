@@ -85,3 +85,13 @@ class MetricsFile:
     def close(self) -> None:
         """No more lines."""
         self._file.close()
+
+
+class NoMetrics:
+    """A `MetricsFile` that keeps nothing, for the ranks that do not write."""
+
+    def write(self, event: str, iteration: int, **values: Any) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""

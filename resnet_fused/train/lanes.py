@@ -15,8 +15,11 @@ from ..fuse import fuse
 from .batches import Batches
 from .config import TrainConfig
 from .errors import UserError
+from .gradients import summed
 from .models import build_model
+from .ranks import ALONE, Ranks
 from .recipes import Recipe
+from .syncnorm import synchronise
 
 FUSED, STOCK, YARDSTICK = "fused", "stock", "stock, other layout"
 _AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -34,10 +37,18 @@ class Lane:
     """A model with its optimizer.
 
     Args:
-        name: what reports call it.  model: already on its device.
+        name: what reports call it.  model: already on its device.  ranks: those it is trained on together.
     """
 
-    def __init__(self, name: str, model: nn.Module, recipe: Recipe, config: TrainConfig, channels_last: bool) -> None:
+    def __init__(
+        self,
+        name: str,
+        model: nn.Module,
+        recipe: Recipe,
+        config: TrainConfig,
+        channels_last: bool,
+        ranks: Ranks = ALONE,
+    ) -> None:
         self.name = name
         self.model = model
         self.device = torch.device(config.device)
@@ -47,6 +58,9 @@ class Lane:
             model.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp is torch.float16)
+        self.ranks = ranks
+        self._shares_statistics = config.sync_bn
+        self._trained: nn.Module | None = None
 
     def autocast(self) -> AbstractContextManager[object]:
         """The precision that forwards run in."""
@@ -56,8 +70,20 @@ class Lane:
         """``images`` on the lane's device, in its memory format."""
         return images.to(self.device, memory_format=self.memory_format)
 
-    def step(self, images: Tensor, labels: Tensor, lr: float) -> StepResult:
-        """One training step; the clock stops when the loss is known on the host, so it holds all the work."""
+    def _loss(self, logits: Tensor, labels: Tensor, count: int) -> Tensor:
+        if self.ranks.size == 1:
+            return F.cross_entropy(logits, labels)
+        return F.cross_entropy(logits, labels, reduction="sum") / count
+
+    def step(self, images: Tensor, labels: Tensor, lr: float, count: int) -> StepResult:
+        """One training step; the clock stops when the loss is known on the host, so it holds all the work.
+
+        On several ranks ``images`` are this one's part, loss and error are the whole batch's. Gradients are summed over
+        the ranks, so each rank's loss is its sum over the size of the whole batch, whatever its part.
+        """
+        if self._trained is None:  # not earlier: all ranks are here, and what they start from has been loaded
+            several = self.ranks.size > 1
+            self._trained = summed(self.model, self._shares_statistics) if several else self.model
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         images, labels = self.place(images), labels.to(self.device)
@@ -65,30 +91,47 @@ class Lane:
         start = time.perf_counter()
         self.optimizer.zero_grad(set_to_none=True)
         with self.autocast():
-            logits = self.model(images)
-            loss = F.cross_entropy(logits, labels)
+            logits = self._trained(images)
+            loss = self._loss(logits, labels, count)
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self._synchronize()
         seconds = time.perf_counter() - start
-        wrong = (logits.detach().argmax(1) != labels).float().mean()
-        return StepResult(loss.item(), wrong.item(), seconds)
+        wrong = (logits.detach().argmax(1) != labels).float()
+        if self.ranks.size == 1:
+            return StepResult(loss.item(), wrong.mean().item(), seconds)
+        total, error = self.ranks.total([loss.item(), wrong.sum().item() / count])
+        return StepResult(total, error, seconds)
 
     def _synchronize(self) -> None:
         if self.device.type != "cpu":
             torch.accelerator.synchronize()
 
     def evaluate(self, batches: Batches) -> tuple[float, float]:
-        """Accuracy and mean loss on the test images."""
-        right = total = 0.0
+        """Accuracy and mean loss on the test images, bit for bit whatever the number of ranks.
+
+        Every batch is one rank's; all ranks learn all results (zeros are added to them) and add them in one order.
+        """
+        if not self._shares_statistics:
+            self.ranks.copy_buffers(self.model)
+        results: list[float] = []
         self.model.eval()
         with torch.inference_mode(), self.autocast():
-            for images, labels in batches.test():
+            for batch in batches.test():
+                if batch is None:
+                    results += [0.0, 0.0]
+                    continue
+                images, labels = batch
                 logits, labels = self.model(self.place(images)).float(), labels.to(self.device)
-                right += (logits.argmax(1) == labels).sum().item()
-                total += F.cross_entropy(logits, labels, reduction="sum").item()
+                results.append((logits.argmax(1) == labels).sum().item())
+                results.append(F.cross_entropy(logits, labels, reduction="sum").item())
         self.model.train()
+        results = self.ranks.total(results)
+        right = total = 0.0
+        for correct, loss in zip(results[::2], results[1::2]):
+            right += correct
+            total += loss
         count = max(1, len(batches.dataset.test_labels))
         return right / count, total / count
 
@@ -115,7 +158,7 @@ class Lane:
             raise UserError(f"train: --resume: the checkpoint does not fit its own settings: {reason}") from error
 
 
-def build_lanes(config: TrainConfig, recipe: Recipe, classes: int, channels: int) -> list[Lane]:
+def build_lanes(config: TrainConfig, recipe: Recipe, classes: int, channels: int, ranks: Ranks = ALONE) -> list[Lane]:
     """The fused lane first; with ``compare`` its stock twin, with ``yardstick`` stock in the other layout.
 
     All start from bitwise the same parameters: one stock model is built under the seed, and copied.
@@ -130,7 +173,9 @@ def build_lanes(config: TrainConfig, recipe: Recipe, classes: int, channels: int
         return copy.deepcopy(stock).to(config.device).to(memory_format=layout)
 
     def lane(name: str, model: nn.Module, channels_last: bool = config.channels_last) -> Lane:
-        return Lane(name, model.train(), recipe, config, channels_last)
+        if ranks.size > 1 and config.sync_bn:
+            model = synchronise(model, config.device)
+        return Lane(name, model.train(), recipe, config, channels_last, ranks)
 
     lanes = [lane(FUSED, fuse(placed(config.channels_last), memory=config.memory))]
     if config.compare or config.yardstick:

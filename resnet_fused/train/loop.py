@@ -12,17 +12,19 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import checkpoint, compare, plot
 from .batches import Batches
 from .config import TrainConfig
 from .data import Dataset
 from .errors import UserError
-from .history import History, MetricsFile
+from .history import History, MetricsFile, NoMetrics
 from .lanes import FUSED, Lane, build_lanes
 from .memory import kept_for_backward
 from .models import build_model, input_channels
 from .progress import Progress
+from .ranks import ALONE, Ranks
 from .recipes import Recipe, Schedule, find_recipe
 
 _RATE_WINDOW = 20
@@ -87,33 +89,45 @@ class Trainer:
     Args:
         config: made whole by `complete`.  dataset: what ``config.data`` names.  out: the run's folder.
         state: a checkpoint of `checkpoint.load` to go on from, or None.
+        ranks: the processes that train together; every one of them makes a Trainer, and calls what the others call.
 
     Raises:
         UserError: the model, the data and the settings do not fit together, or ``out`` cannot be written to.
     """
 
-    def __init__(self, config: TrainConfig, dataset: Dataset, out: Path, state: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        dataset: Dataset,
+        out: Path,
+        state: dict[str, Any] | None = None,
+        ranks: Ranks = ALONE,
+    ) -> None:
         torch.set_num_threads(config.threads)
+        self.ranks = ranks
         self.config = config
         self.dataset = dataset
         self.out = out
         recipe: Recipe = find_recipe(config.recipe)
         images = dataset.train_images
-        self.lanes: list[Lane] = build_lanes(config, recipe, dataset.classes, images.shape[1])
+        self.lanes: list[Lane] = build_lanes(config, recipe, dataset.classes, images.shape[1], ranks)
         channels = input_channels(self.lanes[0].model)
-        self.batches = Batches(dataset, config.batch_size, config.seed, recipe.augment, channels, config.channels_last)
+        self.batches = Batches(
+            dataset, config.batch_size, config.seed, recipe.augment, channels, config.channels_last, ranks
+        )
         self.schedule = Schedule(recipe, config.lr, config.iterations)
         self.history = History([lane.name for lane in self.lanes])
         self.iteration = 0
         if state is not None:
             self._load(state)
-        self.metrics = MetricsFile(out, self.iteration if state is not None else None)
+        self._saved = self.iteration
+        resume_at = self.iteration if state is not None else None
+        self.metrics = MetricsFile(out, resume_at) if ranks.first else NoMetrics()
         if state is None:
             self.metrics.write("config", 0, **config.to_dict(), dataset=dataset.fingerprint)
 
     def _state(self) -> dict[str, Any]:
         lanes = {lane.name: lane.state_dict() for lane in self.lanes}
-        accelerator = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         return {
             "config": self.config.to_dict(),
             "data": self.dataset.fingerprint,
@@ -121,9 +135,15 @@ class Trainer:
             "model": lanes[FUSED]["model"],
             "lanes": lanes,
             "schedule": self.schedule.state_dict(),
-            "rng": {"cpu": torch.get_rng_state(), "cuda": accelerator},
+            "rng": {"cpu": torch.get_rng_state(), "cuda": self._gpu_rng()},
             "history": self.history.state_dict(),
         }
+
+    def _gpu_rng(self) -> list[Tensor]:
+        """Of all GPUs alone; of several ranks' GPUs, which draw alike, that of this one."""
+        if not torch.cuda.is_available():
+            return []
+        return torch.cuda.get_rng_state_all() if self.ranks.size == 1 else [torch.cuda.get_rng_state()]
 
     def _load(self, state: dict[str, Any]) -> None:
         if state["data"] != self.dataset.fingerprint:
@@ -136,8 +156,11 @@ class Trainer:
         self.history.load_state_dict(state["history"])
         self.iteration = state["iteration"]
         torch.set_rng_state(state["rng"]["cpu"])
-        if torch.cuda.is_available() and len(state["rng"]["cuda"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(state["rng"]["cuda"])
+        saved = state["rng"]["cuda"]
+        if torch.cuda.is_available() and saved and self.ranks.size > 1:
+            torch.cuda.set_rng_state(saved[0])
+        elif torch.cuda.is_available() and len(saved) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(saved)
 
     @property
     def checkpoint(self) -> Path:
@@ -145,26 +168,33 @@ class Trainer:
         return self.out / checkpoint.NAME
 
     def run(self, progress: Progress, stop: Stop) -> bool:
-        """Train to the end or to a signal, saving on the way; True when the run is complete."""
+        """Train to the end or to a signal, saving on the way; True when the run is complete.
+
+        A signal to any rank stops all of them after the same step, and is then in ``stop`` on each.
+        """
         config, total = self.config, self.config.iterations
-        saved = self.iteration
-        while self.iteration < total and not stop.signal:
+        while self.iteration < total and not self.ranks.agreed(stop.signal):
             self._step(progress)
             if self.iteration % config.eval_every == 0 or self.iteration == total:
                 self._evaluate(progress)
-            if self.iteration % config.checkpoint_every == 0 or self.iteration == total or stop.signal:
-                checkpoint.save(self.checkpoint, self._state())
-                saved = self.iteration
-        if saved != self.iteration or not self.checkpoint.exists():
-            checkpoint.save(self.checkpoint, self._state())
+            if self.iteration % config.checkpoint_every == 0 or self.iteration == total:
+                self.ranks.from_first(self._save)
+        if self.iteration < total:
+            stop.signal = self.ranks.agreed(stop.signal)
+        self.ranks.from_first(self._save)
         return self.iteration >= total
+
+    def _save(self) -> None:
+        if self._saved != self.iteration or not self.checkpoint.exists():
+            checkpoint.save(self.checkpoint, self._state())
+            self._saved = self.iteration
 
     def _step(self, progress: Progress) -> None:
         images, labels = self.batches.train(self.iteration)
         lr = self.schedule.lr(self.iteration)
         # Every other iteration in the opposite order: neither lane always finds the caches warm.
         order = self.lanes if self.iteration % 2 else self.lanes[::-1]
-        results = {lane.name: lane.step(images, labels, lr) for lane in order}
+        results = {lane.name: lane.step(images, labels, lr, self.config.batch_size) for lane in order}
         self.schedule.observe(results[FUSED].error)
         self.iteration += 1
         for lane in self.lanes:
@@ -192,16 +222,20 @@ class Trainer:
         progress.say(f"iteration {self.iteration}: test accuracy {words}")
 
     def finish(self) -> tuple[list[str], Path | None]:
-        """Sum the run up: lines for a person, and the path of the curves' PNG (None without matplotlib)."""
+        """Sum the run up: lines for a person, and the path of the curves' PNG (None without matplotlib).
+
+        Every rank must call it; only the first makes the PNG.
+        """
         images, _ = self.batches.train(0)
         kept = {}
         for lane in self.lanes:
-            kept[lane.name] = kept_for_backward(lane.model, lane.place(images), lane.autocast())
+            mine = kept_for_backward(lane.model, lane.place(images), lane.autocast())
+            kept[lane.name] = round(self.ranks.total([mine])[0])
         summary = compare.summarise(self.history, self.config.batch_size, kept)
         self.metrics.write("summary", self.iteration, **summary)
         lines = compare.describe(summary, self.config.batch_size)
         title = f"{self.config.model} on {self.config.data}, {self.iteration} iterations"
-        return lines, plot.draw(self.history, title, lines, self.out)
+        return lines, plot.draw(self.history, title, lines, self.out) if self.ranks.first else None
 
     def close(self) -> None:
         """Close the metrics file."""

@@ -27,11 +27,19 @@ def joined() -> bool:
     return False
 
 
-def from_rank_zero(make: Callable[[], Made]) -> Made:
+def _failed(why: str) -> Exception:
+    return RuntimeError(f"tune: failed on rank 0: {why}")
+
+
+def from_rank_zero(make: Callable[[], Made], failure: Callable[[str], Exception] = _failed) -> Made:
     """What ``make`` returns on rank 0, on every rank; alone, simply its result.
 
+    Args:
+        make: run on rank 0 only.
+        failure: what the other ranks raise, made from the error of rank 0 in words.
+
     Raises:
-        RuntimeError: it failed on rank 0; there its own error is raised.
+        RuntimeError: it failed on rank 0, unless ``failure`` makes another error; on rank 0 its own error is raised.
     """
     if not joined():
         return make()
@@ -49,7 +57,7 @@ def from_rank_zero(make: Callable[[], Made]) -> Made:
         raise failed
     state, value = box[0]
     if state == "failed":
-        raise RuntimeError(f"tune: failed on rank 0: {value}")
+        raise failure(value)
     return value
 
 
