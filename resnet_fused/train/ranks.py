@@ -12,7 +12,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -177,17 +179,21 @@ def joined(device: str, timeout: float = TIMEOUT) -> Iterator[Ranks]:
     backend, patience = "gloo" if gpu is None else "cpu:gloo,cuda:nccl", timedelta(seconds=timeout)
     store: dist.Store | None = None
     try:
-        store, _, _ = next(dist.rendezvous("env://", timeout=patience))
+        found, _, _ = next(dist.rendezvous("env://", timeout=patience))
+        # torchrun keeps its store over restarts, and with it where the ranks of before could be reached.
+        store = dist.PrefixStore(f"train/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", found)
         dist.init_process_group(
             backend, store=store, rank=ranks.rank, world_size=ranks.size, timeout=patience, device_id=gpu
         )
-        store.set(f"train/where/{ranks.rank}", f"process {os.getpid()} on {socket.gethostname()}")
+        store.set(f"where/{ranks.rank}", f"process {os.getpid()} on {socket.gethostname()}")
         use_tuned()
         yield ranks
     except RuntimeError as error:
         if not _is_broken(error):
             raise
-        raise LostRankError(f"train: rank {ranks.rank}: {_who(store, ranks)} ({_first_sentence(error)})") from error
+        with _undisturbed():
+            who = _who(store, ranks)
+        raise LostRankError(f"train: rank {ranks.rank}: {who} ({_first_sentence(error)})") from error
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -195,6 +201,19 @@ def joined(device: str, timeout: float = TIMEOUT) -> Iterator[Ranks]:
 
 def _is_broken(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or any(words in str(error) for words in _BROKEN)
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """What ends within seconds anyway goes on through a SIGTERM: torchrun sends one when it sees a rank dead."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _first_sentence(error: RuntimeError) -> str:
@@ -208,10 +227,10 @@ def _who(store: dist.Store | None, ranks: Ranks) -> str:
     with contextlib.suppress(RuntimeError):  # the store may be lost as well, with the rank that served it
         if store is None:
             return known
-        store.set(f"train/misses/{ranks.rank}", "another")
+        store.set(f"misses/{ranks.rank}", "another")
         until = time.monotonic() + _SETTLE
         while silent and time.monotonic() < until:
-            silent = [rank for rank in silent if not store.check([f"train/misses/{rank}"])]
+            silent = [rank for rank in silent if not store.check([f"misses/{rank}"])]
             time.sleep(0.1 if silent else 0)
         if silent:
             who = [f"rank {rank}{_where(store, rank)}" for rank in silent]
@@ -220,5 +239,5 @@ def _who(store: dist.Store | None, ranks: Ranks) -> str:
 
 
 def _where(store: dist.Store, rank: int) -> str:
-    key = f"train/where/{rank}"
+    key = f"where/{rank}"
     return f" ({store.get(key).decode()})" if store.check([key]) else ""
