@@ -26,6 +26,8 @@ COUNTS = (9, 2, 1, 0)
 # Nine images on two ranks: five and four.
 UNEVEN = dataclasses.replace(SMALL_RUN, batch_size=9, lr=0.02, iterations=5, compare=True)
 WIDE = dataclasses.replace(UNEVEN, model="tests.train_ranks_harness:wide")
+# On three ranks: three, three and two.
+EIGHT = dataclasses.replace(WIDE, batch_size=8)
 RUNS = {
     "uneven": UNEVEN,
     "wide": WIDE,
@@ -77,6 +79,7 @@ def outcome(trainer, signal=0):
         "losses": {name: torch.tensor(values, dtype=torch.float64) for name, values in trainer.history.losses.items()},
         "evaluations": trainer.history.evaluations,
         "lr": trainer.schedule.state_dict(),
+        "scale": trainer.lanes[0].scaler.state_dict(),
         "models": models,
     }
 
@@ -158,6 +161,20 @@ def one_rank(rank, folder, ports):
     seen["bad path"] = command("--data", f"folder:{folder}/nowhere", "--out", str(folder / "none"))
     os.environ["MASTER_PORT"] = str(ports[2])
     seen["interrupted"] = interrupted(rank, *ENDLESS, "--out", str(folder / "endless"))
+    torch.save(seen, folder / f"{rank}.pt")
+
+
+def three(rank, folder, port):
+    """On three ranks: a run in float64, and one in float32 that is cut and gone on with."""
+    torch.set_num_threads(1)
+    os.environ.update(environment(rank, port, 3), RESNET_FUSED_TUNE="0")
+    folder = Path(folder)
+    narrow = dataclasses.replace(EIGHT, model=UNEVEN.model)
+    with processes.joined("cpu", 120) as group:
+        seen = {"wide": train(EIGHT, folder / "wide", group), "whole": train(narrow, folder / "whole", group)}
+        train(narrow, folder / "cut", group, stop_after=2)
+        seen["gone on"] = go_on(folder / "cut", folder / "gone on", group)
+        seen["fp16"] = train(dataclasses.replace(narrow, amp="fp16"), folder / "fp16", group)
     torch.save(seen, folder / f"{rank}.pt")
 
 
