@@ -6,6 +6,7 @@ Nothing here touches a GPU or a compiler at import.
 from __future__ import annotations
 
 from . import functional
+from .analysis import LayerResponses, layer_responses, watch_responses
 from .blocks import BasicBlock, Bottleneck, ConvBNReLU, PlainBlock, Stem
 from .checking import check
 from .checkpoints import Conversion, ConversionError, convert, convert_file, convert_optimizer
@@ -42,6 +43,7 @@ __all__ = [
     "ConvBNReLU",
     "Conversion",
     "ConversionError",
+    "LayerResponses",
     "PlainBlock",
     "Stem",
     "TuneReport",
@@ -59,6 +61,7 @@ __all__ = [
     "fuse",
     "fused",
     "graphed",
+    "layer_responses",
     "plain",
     "protected_statistics",
     "register_block",
@@ -76,6 +79,7 @@ __all__ = [
     "unfreeze_stages",
     "unfuse",
     "use_tuned",
+    "watch_responses",
     "wide_resnet50_2",
     "wide_resnet101_2",
 ]

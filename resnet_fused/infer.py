@@ -13,11 +13,17 @@ from . import engines, projected
 from .calls import Source
 from .links import Link, bind, plain_projection
 from .reference import pad_residual
+from .site import is_observed
 
 
 def infers(link: Link, engine: str) -> bool:
-    """Whether the block runs on running statistics alone, with nothing kept, on an engine with kernels for that."""
-    if link.spec.post is not None or torch.is_grad_enabled() or not hasattr(engines.get(engine), "site_infer"):
+    """Whether the block runs on running statistics alone, with nothing kept, on an engine with kernels for that.
+
+    Nothing is seen of a site then, so not while somebody observes the sites.
+    """
+    if torch.is_grad_enabled() or is_observed() or not hasattr(engines.get(engine), "site_infer"):
+        return False
+    if link.spec.post is not None:
         return False
     sites = [site for site in link.spec.site_specs() if site.bn is not None]
     return not any(bind(link.block, site, engine)[0].training for site in sites)

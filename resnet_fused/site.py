@@ -16,6 +16,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import engines, projected, synchronise
@@ -23,7 +24,10 @@ from .calls import SiteCall, SiteGrads, SiteOutputs, SiteParams, Source
 from .engines import cpu_site, library
 from .kernels.launch import is_counting
 
+Observer = Callable[[SiteCall, SiteParams, SiteOutputs], None]
+
 _watcher: Callable[..., Any] | None = None
+_observers: tuple[Observer, ...] = ()
 
 
 @contextlib.contextmanager
@@ -35,6 +39,22 @@ def watched(watcher: Callable[..., Any]) -> Iterator[None]:
         yield
     finally:
         _watcher = previous
+
+
+@contextlib.contextmanager
+def observed(observer: Observer) -> Iterator[None]:
+    """Call ``observer(call, params, outputs)`` after every `site_forward` in the block; not in compiled code."""
+    global _observers
+    _observers = (*_observers, observer)
+    try:
+        yield
+    finally:
+        _observers = tuple(other for other in _observers if other is not observer)
+
+
+def is_observed() -> bool:
+    """Whether anybody observes the sites."""
+    return bool(_observers)
 
 
 def load_source(engine: str, source: Source) -> Tensor:
@@ -59,12 +79,17 @@ def site_forward(call: SiteCall, source: Source, params: SiteParams) -> SiteOutp
         _watcher("forward", call, source, params)
     engine = engines.get(call.engine)
     if call.projection and projected.runs(call, source, params.weight):
-        return projected.site_forward(engine, call, source, params)
-    if call.engine == "cpu" and not is_counting():
-        return cpu_site.site_forward(engine, call, source, params)
-    if hasattr(engine, "site_forward"):
-        return engine.site_forward(call, source, params)
-    return library.site_forward(engine, call, source, params)
+        outputs = projected.site_forward(engine, call, source, params)
+    elif call.engine == "cpu" and not is_counting():
+        outputs = cpu_site.site_forward(engine, call, source, params)
+    elif hasattr(engine, "site_forward"):
+        outputs = engine.site_forward(call, source, params)
+    else:
+        outputs = library.site_forward(engine, call, source, params)
+    if _observers and not torch.compiler.is_compiling():
+        for observer in _observers:
+            observer(call, params, outputs)
+    return outputs
 
 
 def site_rebuild(call: SiteCall, source: Source, weight: Tensor) -> Tensor:

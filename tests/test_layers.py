@@ -31,6 +31,7 @@ LAYERS = (
     ("nets",),
     ("eager", "tracing", "steps", "matching", "register", "recognise", "runs", "probe", "graphs"),
     ("fuse", "blocks", "freeze"),
+    ("analysis",),
     ("counting", "devices", "passes", "siteplan"),
     ("costs",),
     ("remarks", "explain", "resnet", "architectures"),
