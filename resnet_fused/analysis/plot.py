@@ -43,6 +43,7 @@ def draw(curves: Sequence[Curve], title: str) -> bytes:
                 linestyle=(0, (4, 2)) if curve.plain else "-", marker="o", markersize=2.5,
             )  # fmt: skip
         axes.set(xlabel=label, ylabel="std")
+        axes.locator_params(axis="x", integer=True)
         axes.set_ylim(bottom=0)
         axes.grid(color=_GRID, linewidth=0.8)
         axes.set_axisbelow(True)

@@ -42,6 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data", f"one of {', '.join(NAMES)} (default: auto, Fashion-MNIST if it can be had, else digits)")
     add("--data-root", "where Fashion-MNIST is looked for first, and downloaded to", metavar="DIR")
     add("--image-size", "resize images to this many pixels", type=int, metavar="N")
+    add("--validation", "evaluate on N held-out training images, not on the test images", type=int, metavar="N")
+    add("--depth", "layers: --model cifar (the default), plain or resnet, of this depth", type=int, metavar="N")
     add("--recipe", f"{recipes} (default: quick)", metavar="NAME")
     add("--epochs", "length of the run in epochs", type=int, metavar="N")
     add("--iterations", "length of the run in steps; the schedule scales with it", type=int, metavar="N")
@@ -152,7 +154,22 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
     from ..train import TrainConfig
 
     names = {field.name for field in dataclasses.fields(TrainConfig)}
-    return {name: value for name, value in vars(args).items() if name in names}
+    return {name: value for name, value in vars(args).items() if name in names} | _named_by_depth(args)
+
+
+def _named_by_depth(args: argparse.Namespace) -> dict[str, str]:
+    """The model that ``--depth`` names, and the recipe that so many layers need."""
+    from ..train import UserError
+    from ..train.recipes import DEEP, IMAGENET
+
+    if not hasattr(args, "depth"):
+        return {}
+    recipe = getattr(args, "recipe", "")
+    family = getattr(args, "model", "resnet" if recipe in IMAGENET else "cifar")
+    if family not in ("cifar", "plain", "resnet"):
+        raise UserError(f"train: --depth: expected --model cifar, plain or resnet with it, got {family!r}")
+    named = {"model": f"{family}{'' if family == 'resnet' else '-'}{args.depth}"}
+    return {**named, "recipe": DEEP[recipe]} if recipe in DEEP and args.depth >= 110 else named
 
 
 def _default_device() -> str:

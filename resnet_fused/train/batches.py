@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .augment import colour_components, scale_crop_and_flip
 from .data import Dataset
 from .errors import UserError
 from .ranks import ALONE, Ranks
@@ -86,6 +87,7 @@ class Batches:
         self.ranks = ranks
         self.per_epoch = count // batch_size
         self._mean, self._std = dataset.moments()
+        self._components = colour_components(dataset.train_images) if dataset.scales and own == channels else None
         self._epoch = -1
         self._order = torch.empty(0, dtype=torch.long)
 
@@ -106,7 +108,11 @@ class Batches:
         part, total = self.ranks.part(len(chosen)), len(chosen)
         chosen = chosen[part]
         images = self.dataset.train_images[chosen]
-        if self.augment:
+        if self.augment and self.dataset.scales is not None:
+            draws = _generator(self.seed, 1, iteration)
+            scales, flip = self.dataset.scales, self.dataset.flippable
+            images = scale_crop_and_flip(images, scales, flip, self._components, draws)
+        elif self.augment:
             padding = max(1, round(images.shape[-1] / _PADDING_SHARE))
             draws = _generator(self.seed, 1, iteration)
             images = crop_and_flip(images, padding, self.dataset.flippable, draws, part, total)

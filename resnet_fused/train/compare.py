@@ -89,6 +89,7 @@ def summarise(history: History, batch_size: int, kept: dict[str, int]) -> dict[s
     last = history.evaluations[-1] if history.evaluations else {}
     seconds = {name: values[_WARMUP_STEPS:] or values for name, values in history.seconds.items()}
     result: dict[str, Any] = {
+        "evaluated": history.evaluated,
         "accuracy": last.get("accuracy", {}),
         "images_per_second": {n: batch_size / statistics.median(v) for n, v in seconds.items() if v},
         "kept_for_backward_bytes": kept,
@@ -112,7 +113,7 @@ def describe(summary: dict[str, Any], batch_size: int) -> list[str]:
 
     lines = []
     if summary["accuracy"]:
-        lines.append(row("test accuracy", summary["accuracy"], ".2%"))
+        lines.append(row(f"{summary['evaluated']} accuracy", summary["accuracy"], ".2%"))
     note, timed = "", summary.get("speed")
     if timed is not None:
         note = f"   ratio {timed['ratio']:.2f}x (quartiles {timed['low']:.2f} to {timed['high']:.2f})"

@@ -14,6 +14,8 @@ Amp = Literal["off", "bf16", "fp16"]
 class TrainConfig:
     """A run's settings; a run is a function of them and of the data.
 
+    ``validation`` training images are held out to evaluate on, 0 stands for the test images.
+
     ``batch_size``, ``lr`` and ``iterations`` of 0 stand for the recipe's; ``epochs``, when not 0, wins over
     ``iterations``. ``eval_every`` and ``checkpoint_every`` count iterations, 0 stands for a tenth of the run.
     ``threads`` is the number of CPU threads, 0 torch's own choice. ``image_size``: pixels that images are
@@ -23,6 +25,7 @@ class TrainConfig:
     model: str = "cifar-20"
     data: str = "auto"
     data_root: str = ""
+    validation: int = 0
     recipe: str = "quick"
     epochs: int = 0
     iterations: int = 0

@@ -27,6 +27,8 @@ class Dataset:
         name: as given to ``--data``.  source: in words, where it came from.
         train_images, test_images: ``(N, C, H, W)`` uint8.  train_labels, test_labels: ``(N,)`` int64.
         classes: how many.  flippable: whether a mirrored image keeps its label.
+        evaluated: what the test images are.  pixel_mean: whether each pixel has a mean of its own.
+        scales: of the augmentation by scale (`augment`), or None.
     """
 
     name: str
@@ -37,6 +39,9 @@ class Dataset:
     test_labels: Tensor
     classes: int
     flippable: bool
+    evaluated: str = "test"
+    pixel_mean: bool = False
+    scales: tuple[int, int] | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -46,7 +51,14 @@ class Dataset:
         return f"{self.name}: {count} images of {shape}, {self.classes} classes, label sum {labels}"
 
     def moments(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the training pixels per channel, ``(C, 1, 1)`` float32, of 0 to 1."""
+        """Mean and standard deviation of the training pixels per channel, ``(C, 1, 1)`` float32, of 0 to 1.
+
+        With ``pixel_mean`` the mean image ``(C, H, W)``, and ones: He et al. 2015 only subtract.
+        """
+        if self.pixel_mean:
+            total = self.train_images.sum(0, dtype=torch.float64)
+            image = (total / (255 * len(self.train_images))).float()
+            return image, torch.ones(len(image), 1, 1)
         counts = torch.stack([torch.bincount(c.flatten(), minlength=256) for c in self.train_images.transpose(0, 1)])
         levels = torch.arange(256, dtype=torch.float64) / 255
         share = counts.double() / counts.sum(1, keepdim=True)

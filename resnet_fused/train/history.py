@@ -19,10 +19,12 @@ class History:
 
     Args:
         lanes: names, in the order of the lanes.
+        evaluated: the images they are evaluated on, ``test`` or ``validation``.
     """
 
-    def __init__(self, lanes: list[str]) -> None:
+    def __init__(self, lanes: list[str], evaluated: str = "test") -> None:
         self.lanes = lanes
+        self.evaluated = evaluated
         self.losses: dict[str, list[float]] = {name: [] for name in lanes}
         self.seconds: dict[str, list[float]] = {name: [] for name in lanes}
         self.evaluations: list[dict[str, Any]] = []

@@ -23,6 +23,7 @@ from .history import History, MetricsFile, NoMetrics
 from .lanes import FUSED, Lane, build_lanes
 from .memory import kept_for_backward
 from .models import build_model, input_channels
+from .prepare import prepared
 from .progress import Progress
 from .ranks import ALONE, Ranks
 from .recipes import Recipe, Schedule, find_recipe
@@ -59,6 +60,7 @@ def complete(config: TrainConfig, dataset: Dataset) -> TrainConfig:
         UserError: a number out of range.
     """
     recipe = find_recipe(config.recipe)
+    dataset = prepared(dataset, config.validation, recipe)
     for name in ("epochs", "iterations", "batch_size", "lr", "image_size", "threads", "eval_every", "checkpoint_every"):
         value = getattr(config, name)
         if value < 0:
@@ -106,7 +108,7 @@ class Trainer:
         torch.set_num_threads(config.threads)
         self.ranks = ranks
         self.config = config
-        self.dataset = dataset
+        self.dataset = dataset = prepared(dataset, config.validation, find_recipe(config.recipe))
         self.out = out
         recipe: Recipe = find_recipe(config.recipe)
         images = dataset.train_images
@@ -116,7 +118,7 @@ class Trainer:
             dataset, config.batch_size, config.seed, recipe.augment, channels, config.channels_last, ranks
         )
         self.schedule = Schedule(recipe, config.lr, config.iterations)
-        self.history = History([lane.name for lane in self.lanes])
+        self.history = History([lane.name for lane in self.lanes], dataset.evaluated)
         self.iteration = 0
         if state is not None:
             self._load(state)
@@ -219,7 +221,7 @@ class Trainer:
         self.history.evaluations.append({"iteration": self.iteration, "accuracy": accuracy, "loss": loss})
         self.metrics.write("eval", self.iteration, accuracy=accuracy, loss=loss)
         words = ", ".join(f"{name} {value:.2%}" for name, value in accuracy.items())
-        progress.say(f"iteration {self.iteration}: test accuracy {words}")
+        progress.say(f"iteration {self.iteration}: {self.dataset.evaluated} accuracy {words}")
 
     def finish(self) -> tuple[list[str], Path | None]:
         """Sum the run up: lines for a person, and the path of the curves' PNG (None without matplotlib).

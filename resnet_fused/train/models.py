@@ -1,8 +1,12 @@
-"""Models by name: a builder of `resnet_fused.resnet`, ``torchvision:NAME`` or ``module:function``."""
+"""Models by name: a builder of `resnet_fused.resnet`, ``torchvision:NAME`` or ``module:function``.
+
+``cifar-N`` and ``plain-N`` are there for every depth of 6n + 2, not only for the paper's.
+"""
 
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import inspect
 import os
@@ -54,6 +58,11 @@ def _builder(name: str) -> Callable[..., nn.Module]:
         module, _, function = name.partition(":")
         return _from_torchvision(function) if module == "torchvision" else _from_module(module, function)
     known = builders()
+    family, _, depth = name.partition("-")
+    if name not in known and family in ("cifar", "plain") and depth.isdigit():
+        from ..resnet import cifar_resnet, plain
+
+        return functools.partial(cifar_resnet if family == "cifar" else plain, int(depth))
     if name not in known:
         hint = _suggest(name, known) or f"; expected one of {', '.join(known)}"
         raise UserError(f"--model: unknown model {name!r}{hint}, torchvision:NAME or module:function")

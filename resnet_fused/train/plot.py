@@ -49,7 +49,7 @@ def _accuracy_panel(axes: Any, history: History) -> None:
                 f"{values[-1]:.1f}", (steps[-1], values[-1]), xytext=offset, textcoords="offset points",
                 color=_COLOURS[name], fontweight="bold", annotation_clip=False,
             )  # fmt: skip
-    axes.set(title="Test accuracy", ylabel="%")
+    axes.set(title=f"{history.evaluated.capitalize()} accuracy", ylabel="%")
 
 
 def _difference_panel(axes: Any, history: History) -> None:

@@ -30,6 +30,8 @@ class Recipe:
         warmup_lr, warmup_error: hold ``warmup_lr`` until the running training error, a fraction, is
             below ``warmup_error``.
         augment: pad and random crop, and a random mirror where the data allows it.
+        pixel_mean: subtract the mean image, and no more; else each channel's mean, over its deviation.
+        scales: augment by scale, crop and colour instead (`augment`): the shorter side's bounds for a crop of 224.
     """
 
     summary: str
@@ -44,6 +46,8 @@ class Recipe:
     momentum: float = 0.9
     weight_decay: float = 1e-4
     augment: bool = True
+    pixel_mean: bool = False
+    scales: tuple[int, int] | None = None
 
 
 RECIPES: dict[str, Recipe] = {
@@ -56,7 +60,7 @@ RECIPES: dict[str, Recipe] = {
         "cosine",
         warmup_iterations=20,
     ),
-    "he2015-cifar": Recipe("He et al. 2015, section 4.2", 128, 0.1, 64_000, milestones=(0.5, 0.75)),
+    "he2015-cifar": Recipe("He et al. 2015, section 4.2", 128, 0.1, 64_000, milestones=(0.5, 0.75), pixel_mean=True),
     "he2015-cifar-110": Recipe(
         "the same for 110 layers: 0.01 until the training error is below 80%",
         128,
@@ -65,9 +69,21 @@ RECIPES: dict[str, Recipe] = {
         milestones=(0.5, 0.75),
         warmup_lr=0.01,
         warmup_error=0.8,
+        pixel_mean=True,
+    ),
+    "he2015-imagenet": Recipe(
+        "He et al. 2015, section 3.4, the rate lowered at 30, 60 and 90 of 120 epochs for its plateaus",
+        256,
+        0.1,
+        600_000,
+        milestones=(0.25, 0.5, 0.75),
+        scales=(256, 480),
     ),
     "imagenet-90": Recipe("90 epochs of 1.28 million images", 256, 0.1, 450_000, milestones=(1 / 3, 2 / 3)),
 }
+
+IMAGENET = ("imagenet-90", "he2015-imagenet")  # recipes of nets for large images
+DEEP = {"he2015-cifar": "he2015-cifar-110"}  # what a recipe is for nets of 110 layers or more
 
 
 def find_recipe(name: str) -> Recipe:
