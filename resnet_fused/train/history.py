@@ -15,7 +15,7 @@ METRICS = "metrics.jsonl"
 
 
 class History:
-    """Loss and seconds of every step of every lane, and every evaluation.
+    """Loss, error and seconds of every step of every lane, and every evaluation.
 
     Args:
         lanes: names, in the order of the lanes.
@@ -26,6 +26,7 @@ class History:
         self.lanes = lanes
         self.evaluated = evaluated
         self.losses: dict[str, list[float]] = {name: [] for name in lanes}
+        self.errors: dict[str, list[float]] = {name: [] for name in lanes}
         self.seconds: dict[str, list[float]] = {name: [] for name in lanes}
         self.evaluations: list[dict[str, Any]] = []
 
@@ -33,6 +34,7 @@ class History:
         """Tensors and plain types."""
         return {
             "losses": {name: torch.tensor(values, dtype=torch.float64) for name, values in self.losses.items()},
+            "errors": {name: torch.tensor(values, dtype=torch.float64) for name, values in self.errors.items()},
             "seconds": {name: torch.tensor(values, dtype=torch.float64) for name, values in self.seconds.items()},
             "evaluations": list(self.evaluations),
         }
@@ -40,6 +42,7 @@ class History:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict`."""
         self.losses = {name: state["losses"][name].tolist() for name in self.lanes}
+        self.errors = {name: state["errors"][name].tolist() for name in self.lanes}
         self.seconds = {name: state["seconds"][name].tolist() for name in self.lanes}
         self.evaluations = list(state["evaluations"])
 

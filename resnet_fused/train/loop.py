@@ -202,6 +202,7 @@ class Trainer:
         for lane in self.lanes:
             self.history.losses[lane.name].append(results[lane.name].loss)
             self.history.seconds[lane.name].append(results[lane.name].seconds)
+            self.history.errors[lane.name].append(results[lane.name].error)
         rates = {
             name: self.config.batch_size / statistics.median(values[-_RATE_WINDOW:])
             for name, values in self.history.seconds.items()

@@ -15,7 +15,8 @@ _INK, _GRID = "#2b2d42", "#e4e6eb"
 _TINY = 1e-9  # a difference of exactly zero has no place on a log axis
 
 
-def _smooth(values: list[float], window: int) -> list[float]:
+def smooth(values: list[float], window: int) -> list[float]:
+    """The mean of each value and the ``window - 1`` before it."""
     out, total = [], 0.0
     for index, value in enumerate(values):
         total += value
@@ -33,7 +34,7 @@ def _loss_panel(axes: Any, history: History) -> None:
         # Two curves that agree would hide one another: the fused one is drawn on top, dashed.
         dashes = {"linestyle": (0, (4, 2))} if name == FUSED and len(history.lanes) > 1 else {}
         axes.plot(steps, losses, color=_COLOURS[name], alpha=0.18, linewidth=0.8)
-        axes.plot(steps, _smooth(losses, max(1, len(losses) // 40)), **line, **dashes)
+        axes.plot(steps, smooth(losses, max(1, len(losses) // 40)), **line, **dashes)
     axes.set(title="Training loss", ylabel="cross-entropy")
     axes.legend(frameon=False)
 
