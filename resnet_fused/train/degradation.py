@@ -1,4 +1,4 @@
-"""Plain nets against residual ones of the same depths, one run each: the degradation of He et al. 2015, Fig. 1 and 6."""
+"""Plain nets against residual ones of the same depths, one run each: the degradation of He et al. 2015, Fig. 1, 6."""
 
 from __future__ import annotations
 
