@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .chain import Link, Run
 from .limits import bypassed, transform
-from .structure import BINDING, Binding, hooked, obstacle
+from .structure import BINDING, Binding, obstacle, stands_alone
 
 NOTICE = "_resnet_fused_notice"
 
@@ -38,6 +38,15 @@ class Fused:
             return (_new_fused, (_mixin_name(type(self)), *arguments), *reduced[2:])
         return reduced
 
+    def __prepare_scriptable__(self) -> Any:
+        """What `torch.jit.script` compiles in the place of a fused object: the stock one, with the same tensors."""
+        if not is_swapped(self):
+            return self
+        twin = self.stock_class.__new__(self.stock_class)
+        twin.__dict__ = {key: value for key, value in self.__dict__.items() if key not in (BINDING, NOTICE)}
+        twin._modules = dict(self.__dict__["_modules"])  # whose entries torch replaces
+        return twin
+
 
 class FusedBlock(Fused):
     """A block that runs as a chain."""
@@ -45,9 +54,9 @@ class FusedBlock(Fused):
     def as_link(self) -> Link | None:
         """This block as a link of a longer chain, or None where it must be called instead."""
         binding: Binding | None = self.__dict__.get(BINDING)
-        if binding is None or binding.spec is None or hooked(self):  # type: ignore[arg-type]
+        if binding is None or binding.spec is None or stands_alone(self):  # type: ignore[arg-type]
             return None
-        if type(self).forward is not FusedBlock.forward or "forward" in self.__dict__:
+        if type(self).forward is not FusedBlock.forward:
             return None
         if obstacle(self, binding) is not None:  # type: ignore[arg-type]
             return None
@@ -101,7 +110,7 @@ class FusedTrunk(Fused):
             yield from (getattr(self, name) for name in STEM)
         for name in stage_names(self):  # type: ignore[arg-type]
             stage = getattr(self, name)
-            if isinstance(stage, FusedStage) and not hooked(stage):  # type: ignore[arg-type]
+            if isinstance(stage, FusedStage) and not stands_alone(stage):  # type: ignore[arg-type]
                 yield from stage  # type: ignore[misc]
             else:
                 yield stage

@@ -56,6 +56,16 @@ def hooked(module: nn.Module) -> bool:
     )
 
 
+def stands_alone(module: nn.Module) -> bool:
+    """Whether a module must be called itself, not run as a part of a longer chain.
+
+    It has hooks of its own, another forward on the instance, as activation checkpointing and offloading put there, or
+    was compiled by itself (``module.compile()``).
+    """
+    own = module.__dict__
+    return hooked(module) or "forward" in own or own.get("_compiled_call_impl") is not None
+
+
 def hooked_globally() -> bool:
     """Whether hooks are set on all modules at once."""
     shared = nn.modules.module

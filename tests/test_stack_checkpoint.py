@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, checkpoint_sequential
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointWrapper,
+    apply_activation_checkpointing,
+)
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential, create_selective_checkpoint_contexts
 
+import resnet_fused
 from resnet_fused import fuse
+from resnet_fused.modules import FusedBlock
 from tests.stack_cases import gradients, identical, images, pair, same, stage, state
 
 Forward = Callable[[nn.Sequential, Tensor], Tensor]
@@ -43,6 +50,53 @@ def test_a_recomputed_batch_is_counted_once(way: str, memory: str) -> None:
     same(dx, plain[0])
     same(grads, plain[1])
     identical(after, plain[2])
+
+
+@pytest.mark.parametrize("saved", ["aten.convolution", "resnet_fused.site_fwd"])
+def test_selective_checkpointing(saved: str) -> None:
+    if not hasattr(torch.ops.resnet_fused, "site_fwd"):
+        pytest.skip("the CPU library is not built")
+    namespace, name = saved.split(".")
+    keep = [getattr(getattr(torch.ops, namespace), name).default]
+    context = functools.partial(create_selective_checkpoint_contexts, keep)
+    model = pair()["fused"]
+    plain = outcome(copy.deepcopy(model), lambda m, x: m(x))
+    got = outcome(model, lambda m, x: checkpoint(m, x, use_reentrant=False, context_fn=context))
+    same(got[1], plain[1])
+    identical(got[2], plain[2])
+
+
+def test_blocks_wrapped_for_checkpointing() -> None:
+    """As FSDP users do it: the wrapper takes the block's place in its stage."""
+    model = pair()["fused"]
+    plain = outcome(copy.deepcopy(model), lambda m, x: m(x))
+    apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, FusedBlock))
+    assert isinstance(model[0], CheckpointWrapper)
+    got = outcome(model, lambda m, x: m(x))
+    same(list(got[1].values()), list(plain[1].values()))
+    assert model[0].bn1.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("owner", ["block", "stage"])
+def test_a_forward_wrapped_on_the_instance_is_called(owner: str) -> None:
+    """As toolboxes turn it on, ``module.forward = wrap(module.forward)``: a trunk must not step around it."""
+    torch.manual_seed(0)
+    model = fuse(resnet_fused.cifar_resnet(14, fused=False).double())
+    twin = copy.deepcopy(model)
+    module = model.layer2 if owner == "stage" else model.layer2[1]
+    inner, calls = module.forward, []
+
+    def forward(x: Tensor) -> Tensor:
+        calls.append(torch._C._current_graph_task_id() != -1)
+        return inner(x)
+
+    module.forward = lambda x: checkpoint(forward, x, use_reentrant=False)  # type: ignore[method-assign]
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    for net in (model, twin):
+        net(x).square().sum().backward()
+    assert calls == [False, True]
+    same(gradients(model), gradients(twin))
+    identical(state(model), state(twin))
 
 
 def test_stock_counts_it_twice() -> None:

@@ -162,6 +162,20 @@ def test_what_is_hooked_or_disabled_after_compiling_is_seen() -> None:
     assert len(calls) == seen
 
 
+@pytest.mark.parametrize("owner", ["block", pytest.param("stage", marks=pytest.mark.full)])
+def test_a_part_that_was_compiled_by_itself_is_called(owner: str) -> None:
+    """``module.compile()``: the stage and the trunk around it leave it to its own compiled code."""
+    need_a_traced_chain()
+    model = fuse(resnet_fused.cifar_resnet(14, fused=False).double()).eval()
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    expected = model(x)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    (model.layer2 if owner == "stage" else model.layer2[1]).compile(backend=counter, fullgraph=True)
+    with torch.no_grad():
+        same(model(x), expected)
+    assert counter.frame_count == 1
+
+
 @pytest.mark.full
 def test_disable_inside_a_compiled_function() -> None:
     model = fuse(eager.BasicBlock(8, 8).double()).eval()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import resnet_fused
 from resnet_fused import fuse
+from resnet_fused.modules import FusedBlock
 from resnet_fused.numerics import assert_law
 from tests.stack_cases import images, pair, same
 
@@ -57,6 +58,22 @@ def test_traces_hold_the_plain_operators(name: str) -> None:
     text = str(made.inlined_graph if name == "jit.trace" else made.graph)  # type: ignore[attr-defined]
     assert "resnet_fused::" not in text and "Fused" not in text and ("_convolution" in text or "conv1" in text)
     same(made(images(1)), stock(images(1)))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_script_compiles_the_stock_modules(training: bool) -> None:
+    """And leaves the fused model as it is; the parameters are shared."""
+    stock, fused = (model.train(training) for model in pair().values())
+    kinds = [type(module) for module in fused.modules()]
+    script = torch.jit.script(fused)
+    same(script(images()), stock(images()))
+    assert [type(module) for module in fused.modules()] == kinds and isinstance(fused[0], FusedBlock)
+    same({k: t.detach() for k, t in script.state_dict().items()}, dict(stock.state_dict()))
+    same(fused(images()), stock(images()))
+    with torch.no_grad():
+        fused[0].conv1.weight.zero_()
+    assert not script.state_dict()["0.conv1.weight"].any()
 
 
 @pytest.mark.parametrize("extent", ["stage", "trunk"])

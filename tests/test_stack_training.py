@@ -144,6 +144,18 @@ def test_whole_blocks_that_are_frozen(frozen: int) -> None:
     same(found[1], found[0])
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_without_gradients(training: bool, mode: type[torch.no_grad]) -> None:
+    found = []
+    for model in pair().values():
+        with mode():
+            out = model.train(training)(images())
+        model(images(1)).sum().backward()  # and back to training
+        found.append({"out": out, **gradients(model), **{f"{k}.value": v for k, v in state(model).items()}})
+    same(found[1], found[0])
+
+
 def test_a_model_moves_between_dtypes_and_devices() -> None:
     model = pair(torch.float32)["fused"]
     before = state(model)
