@@ -144,9 +144,12 @@ def run_modules(modules: Iterable[nn.Module | Link], x: Tensor) -> Tensor:
 
 def notice(block: Any, reason: str) -> None:
     """Say once per object and reason that a block runs as it was written; never while compiling."""
-    if torch.compiler.is_compiling() or block.__dict__.get(NOTICE) == reason:
+    if torch.compiler.is_compiling():
         return
-    block.__dict__[NOTICE] = reason
+    told = block.__dict__.get(NOTICE, frozenset())
+    if reason in told:
+        return
+    block.__dict__[NOTICE] = told | {reason}
     warnings.warn(f"resnet_fused: a {type(block).__name__} runs unfused: {reason}", UserWarning, stacklevel=3)
 
 

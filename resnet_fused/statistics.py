@@ -29,25 +29,38 @@ class protected_statistics:  # noqa: N801  # a context manager is named like a f
             guard.step(scaler, optimizer)  # in the place of scaler.step(optimizer)
             scaler.update()
 
+    Where somebody else's loop steps (Lightning, Accelerate), give the optimizers: ``protected_statistics(model,
+    optimizer)`` watches whether each of them steps in the block, and `step` is not needed.
+
     ``running_mean``, ``running_var`` and ``num_batches_tracked`` of every batch norm that tracks them, fused or stock,
     are copied at the start of the block. At its end they are put back where a `step` in it met an Inf or NaN gradient,
-    and after an exception. Neither looks at a value from the host: the choice is made on the device, by what the scaler
-    counted there, in a number of operations that does not grow with the model. Kept meanwhile: a copy of the
-    statistics, 8 bytes per channel in float32. Batch norms in eval mode are as ever.
+    where a given optimizer did not step, and after an exception. No value is looked at from the host for it: the choice
+    is made on the device, by what the scaler counted there, in a number of operations that does not grow with the
+    model. Kept meanwhile: a copy of the statistics, 8 bytes per channel in float32. Batch norms in eval mode are as
+    ever.
 
     Args:
         model: any module; its buffers must stay the same objects in the block (no ``.to()``, ``load_state_dict(...,
             assign=True)``).
+        optimizers: whose steps are watched; all of them are expected to step once in a block.
 
     Raises:
-        TypeError: ``model`` is no ``nn.Module``.
+        TypeError: ``model`` is no ``nn.Module``, or an optimizer is none of torch's.
         RuntimeError: a block is entered inside itself, or `step` or `roll_back` is called outside of it.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *optimizers: torch.optim.Optimizer) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"protected_statistics: model: expected a torch.nn.Module, got {type(model).__name__}")
+        for optimizer in optimizers:
+            if not isinstance(optimizer, torch.optim.Optimizer):
+                got = type(optimizer).__name__
+                raise TypeError(f"protected_statistics: optimizers: expected torch.optim.Optimizer, got {got}")
         self._model = model
+        # a wrapper such as Accelerate's steps the optimizer inside, whose hooks are called
+        self._optimizers = [getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers]
+        self._hooks: list[Any] = []
+        self._stepped: set[int] = set()
         self._groups: dict[Group, list[Tensor]] | None = None
         self._kept: dict[Group, Tensor] = {}
         self._found: list[Tensor] = []
@@ -57,11 +70,14 @@ class protected_statistics:  # noqa: N801  # a context manager is named like a f
             raise RuntimeError("protected_statistics: expected a block that is not entered yet, got one that is")
         self._groups = _grouped(_statistics(self._model))
         self._kept = {group: _flat(buffers) for group, buffers in self._groups.items()}
-        self._found = []
+        self._found, self._stepped = [], set()
+        self._hooks = [optimizer.register_step_post_hook(self._note) for optimizer in self._optimizers]
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if kind is not None:
+        for hook in self._hooks:
+            hook.remove()
+        if kind is not None or any(id(optimizer) not in self._stepped for optimizer in self._optimizers):
             self.roll_back()
         elif self._found:
             self._choose()
@@ -88,6 +104,13 @@ class protected_statistics:  # noqa: N801  # a context manager is named like a f
         with torch.no_grad():
             for group, buffers in self._entered("roll_back").items():
                 torch._foreach_copy_(buffers, _split(self._kept[group], buffers))
+
+    def _note(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """A watched optimizer has stepped, or, if it takes what the scaler found as a tensor, may have skipped it."""
+        self._stepped.add(id(optimizer))
+        found = getattr(optimizer, "found_inf", None)
+        if isinstance(found, Tensor):
+            self._found.append(found)
 
     def _entered(self, method: str) -> dict[Group, list[Tensor]]:
         if self._groups is None:

@@ -13,7 +13,7 @@ import resnet_fused
 from resnet_fused import eager_blocks as eager
 from resnet_fused import fuse, protected_statistics
 from tests.harness import hold_to_law
-from tests.stack_cases import NoHostSync, Sum, gradients, identical, images, pair, state
+from tests.stack_cases import NoHostSync, Results, Sum, gradients, identical, images, pair, state
 
 LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
 BLOCKS: dict[str, Callable[[], nn.Module]] = {"in place": lambda: eager.BasicBlock(8, 8), "out of place": Sum}
@@ -39,7 +39,7 @@ def test_autocast_in_half_precision(name: str) -> None:
     hold_to_law(BLOCKS[name](), images(dtype=torch.float32), torch.float16, autocast=True)
 
 
-Steps = list[tuple[float, dict[str, torch.Tensor], dict[str, torch.Tensor]]]
+Steps = list[tuple[float, Results, Results]]
 
 
 def train(
@@ -133,6 +133,37 @@ def test_one_of_two_optimizers_is_enough() -> None:
     identical({name: b.clone() for name, b in model.named_buffers()}, before)
 
 
+def own_loop(
+    model: nn.Module, optimizer: torch.optim.Optimizer, given: list[torch.Tensor]
+) -> list[dict[str, torch.Tensor]]:
+    """Steps that the guard does not see."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    history = []
+    for x in given:
+        with protected_statistics(model, optimizer):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.float16):
+                loss = model(x).float().square().mean()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        history.append({name: b.clone() for name, b in model.named_buffers()})
+    return history
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["skipped on the host", "skipped by the optimizer"])
+def test_watched_optimizers_need_no_step_of_the_guard(fused: bool) -> None:
+    model = pair(torch.float32)["fused"]
+    before = {name: b.clone() for name, b in model.named_buffers()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=fused)
+    first, second, third = own_loop(model, optimizer, batches())
+    assert not first["0.bn1.running_mean"].equal(before["0.bn1.running_mean"])
+    identical(second, first)
+    assert third["0.bn1.running_mean"].isfinite().all()
+    assert third["0.bn1.num_batches_tracked"] == 2
+    assert not optimizer._optimizer_step_post_hooks
+
+
 def test_a_scaler_that_is_off_skips_nothing() -> None:
     model = pair(torch.float32)["fused"]
     scaler, optimizer = torch.amp.GradScaler("cpu", enabled=False), torch.optim.SGD(model.parameters(), lr=0.1)
@@ -145,6 +176,8 @@ def test_a_scaler_that_is_off_skips_nothing() -> None:
 def test_protection_refuses_in_words() -> None:
     with pytest.raises(TypeError, match=r"protected_statistics: model: expected a torch\.nn\.Module, got int"):
         protected_statistics(3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"optimizers: expected torch\.optim\.Optimizer, got GradScaler"):
+        protected_statistics(nn.ReLU(), torch.amp.GradScaler("cpu"))  # type: ignore[arg-type]
     guard = resnet_fused.protected_statistics(pair()["fused"])
     with pytest.raises(RuntimeError, match="roll_back: expected a call inside the with block, got one outside"):
         guard.roll_back()

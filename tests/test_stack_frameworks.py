@@ -93,7 +93,8 @@ def test_accelerate(mixed: str, when: str, accelerate: Any) -> None:
         out = prepared(X)
         assert out.dtype == torch.float32
         accelerator.backward(nn.functional.cross_entropy(out, Y))
-        optimizer.step()
+        with resnet_fused.protected_statistics(model, optimizer):
+            optimizer.step()
         bare = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
         assert bare is model and isinstance(bare.layer1[0], FusedBlock) == fused
         assert "forward" not in copy.copy(bare.__dict__) or bare(X).shape == (4, 10)

@@ -93,7 +93,7 @@ def test_every_reason_is_told_once() -> None:
     model = pair()["fused"]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for place in ("conv1", "conv1", "conv2"):
+        for place in ("conv1", "conv2", "conv1"):
             handle = model[0].get_submodule(place).register_forward_hook(lambda *_: None)
             for _ in range(2):
                 model(images())
