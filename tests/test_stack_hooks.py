@@ -140,18 +140,41 @@ def test_tensor_hooks_on_parameters() -> None:
     assert found[1] == found[0]
 
 
-def test_torchsummary() -> None:
-    torchsummary = pytest.importorskip("torchsummary", reason="torchsummary is the program under test")
-    texts = []
+def test_a_summary_of_layers_and_shapes() -> None:
+    """As torchsummary and its kind make one: hooks put everywhere by ``model.apply``, class names, output shapes."""
+    found = []
     for fused in (False, True):
         model = resnet_fused.cifar_resnet(8, fused=False)
-        lines: list[str] = []
-        with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            patch.setattr("builtins.print", lambda *a, lines=lines: lines.append(" ".join(map(str, a))))
-            torchsummary.summary(fuse(model) if fused else model, (3, 8, 8), device="cpu")
-        texts.append([line for line in lines if "MB" not in line])
-    assert texts[1] == texts[0] and any("Conv2d-1" in line for line in texts[0])
+        rows: list[tuple[str, tuple[int, ...], int]] = []
+
+        def add(module: nn.Module, _: Any, out: Tensor, rows: list[Any] = rows) -> None:
+            name = str(module.__class__).split(".")[-1].split("'")[0]
+            rows.append((name, tuple(out.shape), sum(p.numel() for p in module.parameters(recurse=False))))
+
+        def watch(module: nn.Module, add: Any = add) -> None:
+            if not isinstance(module, nn.Sequential):
+                module.register_forward_hook(add)
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            (fuse(model) if fused else model).apply(watch)
+            model(torch.rand(2, 3, 8, 8))
+        found.append(rows)
+    assert found[1] == found[0] and ("Conv2d", (2, 16, 8, 8), 432) in found[0]
+
+
+def test_activation_statistics_of_timm() -> None:
+    utils = pytest.importorskip("timm.utils.model", reason="timm's hooks are under test")
+    found = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for model in pair().values():
+            names = ["0.bn1", "1.relu", "1.downsample.1"]
+            hook = utils.ActivationStatsHook(model, names, [utils.avg_sq_ch_mean] * 3)
+            model(images())
+            found.append(torch.tensor(hook.stats[utils.avg_sq_ch_mean.__name__], dtype=torch.float64))
+    assert len(found[1]) == 5  # the ReLU of a bottleneck runs three times
+    same(found[1], found[0])
 
 
 @pytest.fixture(scope="module")

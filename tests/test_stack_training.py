@@ -66,6 +66,25 @@ def test_backward_twice_is_what_stock_does(memory: str) -> None:
     same(found[1], found[0])
 
 
+CHANGED: dict[str, Callable[[nn.Sequential, Tensor, Tensor], object]] = {
+    "weight": lambda model, x, out: model[0].conv1.weight.mul_(2),
+    "gamma": lambda model, x, out: model[0].bn1.weight.mul_(2),
+    "input": lambda model, x, out: x.mul_(2),
+    "output": lambda model, x, out: out.mul_(2),
+}
+
+
+@pytest.mark.parametrize("what", CHANGED)
+def test_a_tensor_changed_before_the_backward_is_torchs_error(what: str) -> None:
+    for model in pair().values():
+        x = images().contiguous(memory_format=torch.channels_last).requires_grad_() * 1  # another layout is copied
+        out = model(x)
+        with torch.no_grad():
+            CHANGED[what](model, x, out)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.sum().backward()
+
+
 @pytest.mark.parametrize("use_buffers", [True, False])
 def test_weight_averaging(use_buffers: bool) -> None:
     found = []
