@@ -194,6 +194,8 @@ def _check_channels(spec: ChainSpec, module: nn.Module, padded: int | None) -> N
         raise MismatchError(f"the shortcut adds {start} channels to {width}")
     if spec.post is not None:
         _check_features(spec.post, module, width)
+        if isinstance(module.get_submodule(spec.post), nn.SyncBatchNorm):  # its node has no collectives
+            raise MismatchError(f"batch norm '{spec.post}' after the add is a SyncBatchNorm")
 
 
 def _site_width(site: SiteSpec, module: nn.Module, width: int) -> int:

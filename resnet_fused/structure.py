@@ -122,7 +122,7 @@ def obstacle(block: nn.Module, binding: Binding) -> str | None:
             module = modules.get(name)
             path = f"{prefix}.{name}" if prefix else name
             if path in norms:
-                if not _runs_norm(module):
+                if not _runs_norm(module) or (path == binding.spec.post and isinstance(module, nn.SyncBatchNorm)):
                     return f"{path} is a {type(module).__name__}, which the chain does not run"
             elif _class(module) is not kind:
                 return f"{path} is now a {type(module).__name__}; call fuse again"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
@@ -224,13 +225,21 @@ def test_a_hook_on_the_shared_norm_fires_at_every_use() -> None:
     assert calls == calls[:4] * 2
 
 
+def test_a_synchronised_norm_after_the_add_runs_as_it_was_written() -> None:
+    block = nn.SyncBatchNorm.convert_sync_batchnorm(fuse(LiteralBuildingBlock(4, 4))).eval()
+    with pytest.warns(UserWarning, match="batch is a SyncBatchNorm, which the chain does not run"):
+        block(torch.randn(2, 4, 5, 5))
+    refused = recognise(nn.SyncBatchNorm.convert_sync_batchnorm(LiteralBuildingBlock(4, 4)))
+    assert refused == Refusal("batch norm 'batch' after the add is a SyncBatchNorm")
+
+
 def test_one_value_per_channel_is_refused_as_in_stock() -> None:
     block = fuse(LiteralBuildingBlock(4, 4))
     with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
         block(torch.randn(1, 4, 1, 1))
 
 
-@pytest.mark.parametrize("name", ["basic-down", "shortcut-first"])
+@pytest.mark.parametrize("name", ["basic-down", pytest.param("shortcut-first", marks=pytest.mark.full)])
 def test_compiles_without_a_graph_break(name: str) -> None:
     block, x = _block(name)
     block, x = fuse(block.double()), x.double()
@@ -252,3 +261,22 @@ def test_results_are_bitwise_repeatable() -> None:
 def test_a_convolution_that_is_shared_stays_refused() -> None:
     block = make(lambda b, x: b.act(b.bn1(b.bn1(b.conv1(b.act(b.bn1(b.conv1(x))))) + x)))
     assert recognise(block) == Refusal("convolution 'conv1' is used 2 times in one forward")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("downsample", [False, True])
+def test_triton_engine(downsample: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our kernels, their compiled PTX executed: one finalise for every use, one pass of statistics over the sum."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from resnet_fused.compiling import offline
+
+    from .engine_harness import running
+
+    if offline.missing_tools():
+        pytest.skip(str(offline.missing_tools()))
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    with running() as launches:
+        block = randomise(LiteralBuildingBlock(8, 8, downsample))
+        hold_to_law(block, torch.randn(2, 8, 6, 5), torch.float32, engine="triton")
+    kernels = Counter(launch.kernel for launch in launches)
+    assert kernels["_bn_finalize_kernel"] == (4 if downsample else 3) and kernels["_bn_stats_kernel"] == 1
