@@ -11,6 +11,7 @@ from .blocks import BasicBlock, Bottleneck, ConvBNReLU, PlainBlock, Stem
 from .checking import check
 from .checkpoints import Conversion, ConversionError, convert, convert_file, convert_optimizer
 from .explain import explain
+from .fold import fold, unfold
 from .freeze import freeze_bn, freeze_stages, unfreeze_bn, unfreeze_stages
 from .fuse import fuse, fused, unfuse
 from .graphs import graphed
@@ -54,6 +55,7 @@ __all__ = [
     "convert_optimizer",
     "disable",
     "explain",
+    "fold",
     "freeze_bn",
     "freeze_stages",
     "from_stages",
@@ -75,6 +77,7 @@ __all__ = [
     "resnext101_32x8d",
     "resnext101_64x4d",
     "tune",
+    "unfold",
     "unfreeze_bn",
     "unfreeze_stages",
     "unfuse",

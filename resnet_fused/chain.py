@@ -220,7 +220,9 @@ def _promotes(link: Link, x: Tensor) -> bool:
     """Whether a frozen batch norm, which is arithmetic on its buffers, may give another dtype than the chain's."""
     for site in link.spec.site_specs():
         norm = child(link.block, site.bn) if site.bn else None
-        if norm is not None and is_frozen_norm(norm) and norm.weight.dtype != compute_dtype(x):
+        if norm is None or type(norm) is nn.BatchNorm2d:
+            continue
+        if is_frozen_norm(norm) and norm.weight.dtype != compute_dtype(x):
             return True
     return False
 
@@ -239,6 +241,7 @@ class Run:
         self._engine = ""
         self._channels_last = False
         self._promote = False
+        self._bound: float | None = None  # on the size of the state's elements
 
     def takes(self, link: Link) -> bool:
         """Whether the block may run fused on this input; what stock modules reject is left to them."""
@@ -264,8 +267,9 @@ class Run:
             self._materialised()  # the end of what is frozen: a join would keep its raw output for no backward
         if isinstance(self._state, Tensor):
             original = self._enter(link, self._state)
-        if original is None and isinstance(self._state, Tensor) and infers(link, self._engine):
-            self._state = infer_link(link, self._engine, self._state)
+        bound, self._bound = self._bound, None
+        if original is None and isinstance(self._state, Tensor) and infers(link, self._engine, self._state):
+            self._state, self._bound = infer_link(link, self._engine, self._state, bound)
         elif recomputes(link) and original is None:
             self._state = _run_recomputing(link, self._engine, self._materialised())
         else:
@@ -277,6 +281,7 @@ class Run:
     def feed_module(self, module: nn.Module) -> None:
         """Run a module that is not a link, on what the caller's own code would have given it."""
         self._state = module(self.finish())
+        self._bound = None
         self._entering = True
 
     def finish(self) -> Tensor:

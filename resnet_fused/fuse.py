@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from . import eager, eager_blocks, engines
+from .folded import BY_FOLD, FOLDED
 from .links import is_frozen_norm
 from .modules import (
     NOTICE,
@@ -38,6 +39,7 @@ from .spec import ChainSpec, PoolSpec, SiteSpec
 from .structure import BINDING, Binding, structure_of
 
 REFUSAL = "_resnet_fused_refusal"
+_KEYS = (BINDING, NOTICE, REFUSAL, FOLDED, BY_FOLD)
 MEMORY_MODES = ("speed", "lean", "min")
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -90,30 +92,29 @@ def unfuse(model: Model) -> Model:
     A subclass of our own modules keeps its class, there is no other, and runs as it was written.
     """
     for module in model.modules():
-        _restore(module)
+        restore(module)
     return model
 
 
 @contextlib.contextmanager
 def fused(model: Model, *, memory: str = "speed", engine: str | None = None) -> Iterator[Model]:
     """`fuse` for the duration of a ``with`` block; afterwards every object is as it was before."""
-    before = [
-        (m, type(m), {k: m.__dict__[k] for k in (BINDING, NOTICE, REFUSAL) if k in m.__dict__}) for m in model.modules()
-    ]
+    before = [(m, type(m), {k: m.__dict__[k] for k in _KEYS if k in m.__dict__}) for m in model.modules()]
     try:
         yield fuse(model, memory=memory, engine=engine)
     finally:
         for module, cls, state in before:
-            _restore(module)
+            restore(module)
             if type(module) is not cls:
                 module.__class__ = cls
             module.__dict__.update(state)
 
 
-def _restore(module: nn.Module) -> None:
+def restore(module: nn.Module) -> None:
+    """Give one object its stock class, with nothing of ours left on it."""
     if isinstance(module, Fused) and is_swapped(module):
         module.__class__ = _stock_class(module)
-    for key in (BINDING, NOTICE, REFUSAL):
+    for key in _KEYS:
         module.__dict__.pop(key, None)
 
 
@@ -121,6 +122,7 @@ def _swap(module: nn.Module, mixin: type, binding: Binding | NetBinding) -> None
     if not isinstance(module, mixin):
         module.__class__ = fused_class(type(module), mixin)
     module.__dict__[BINDING] = binding
+    module.__dict__.pop(BY_FOLD, None)  # fuse was asked for, whatever fold does with it
 
 
 def _known_forwards() -> list[Any]:

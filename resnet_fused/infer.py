@@ -1,36 +1,59 @@
 """A block in eval mode with nothing to keep: batch norm, add and ReLU in the epilogues of its convolutions.
 
-Only engines with ``site_infer`` run blocks so. The running statistics are read at every call, so a loaded state dict
-or an optimizer step is never missed.
+Engines with ``site_infer`` run blocks so, and any engine a block that `resnet_fused.fold` folded. The running
+statistics are read at every call, so a loaded state dict or an optimizer step is never missed.
 """
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
-from . import engines, projected
+from . import engines, folded, projected
 from .calls import Source
-from .links import Link, bind, plain_projection
+from .folded import FOLDED
+from .kernels.launch import is_counting
+from .links import Link, bind, child, plain_projection
 from .reference import pad_residual
 from .site import is_observed
+from .spec import SiteSpec
 
 
-def infers(link: Link, engine: str) -> bool:
-    """Whether the block runs on running statistics alone, with nothing kept, on an engine with kernels for that.
+def infers(link: Link, engine: str, x: Tensor) -> bool:
+    """Whether the block runs on running statistics alone, with nothing kept, and can do so at once.
 
-    Nothing is seen of a site then, so not while somebody observes the sites.
+    So it does where gradients are recorded too, if neither ``x`` nor a parameter wants one. Nothing is
+    seen of a site then, so not while somebody observes the sites.
     """
-    if torch.is_grad_enabled() or is_observed() or not hasattr(engines.get(engine), "site_infer"):
+    if link.spec.post is not None or is_observed():
         return False
-    if link.spec.post is not None:
+    if not (_is_folded(link, engine) or hasattr(engines.get(engine), "site_infer")):
         return False
     sites = [site for site in link.spec.site_specs() if site.bn is not None]
-    return not any(bind(link.block, site, engine)[0].training for site in sites)
+    if any(bind(link.block, site, engine)[0].training for site in sites):
+        return False
+    return not torch.is_grad_enabled() or not (x.requires_grad or _trains(link))
 
 
-def infer_link(link: Link, engine: str, x: Tensor) -> Tensor:
-    """One block in eval mode: every batch norm, the add and the ReLU in the epilogue of a convolution."""
+def _trains(link: Link) -> bool:
+    modules = [child(link.block, path) for site in link.spec.site_specs() for path in (site.conv, site.bn) if path]
+    return any(parameter.requires_grad for module in modules for parameter in module.parameters())
+
+
+def _is_folded(link: Link, engine: str) -> bool:
+    """Whether the block runs on its folded filters: the GPU's kernels apply the affine at no cost of their own."""
+    if torch.compiler.is_compiling() or is_counting():
+        return False
+    return engine != "triton" and FOLDED in link.block.__dict__
+
+
+def infer_link(link: Link, engine: str, x: Tensor, bound: float | None = None) -> tuple[Tensor, float | None]:
+    """One block in eval mode, and a bound on the size of its output where it is known as that of ``x`` is."""
+    if _is_folded(link, engine):
+        return _folded_link(link, engine, x, bound)
     spec, infer = link.spec, engines.get(engine).site_infer
     out = x
     for site in spec.sites[:-1]:
@@ -41,9 +64,12 @@ def infer_link(link: Link, engine: str, x: Tensor) -> Tensor:
         out = infer(call, out, params, None, spec.sites[-1].relu)
     else:
         out = infer(call, out, params, _inferred_residual(link, engine, x, params.weight.shape[0]), spec.relu)
-    if spec.pool is not None:
-        out = nn.functional.max_pool2d(out, spec.pool.kernel, spec.pool.stride, spec.pool.padding)
-    return out
+    return _pooled(link, out), None
+
+
+def _pooled(link: Link, out: Tensor) -> Tensor:
+    pool = link.spec.pool
+    return out if pool is None else nn.functional.max_pool2d(out, pool.kernel, pool.stride, pool.padding)
 
 
 def _inferred_residual(link: Link, engine: str, x: Tensor, channels: int) -> Tensor:
@@ -59,3 +85,59 @@ def _inferred_residual(link: Link, engine: str, x: Tensor, channels: int) -> Ten
     if projected.runs(call, Source("plain", x), params.weight):
         return projected.site_infer(engines.get(engine), call, x, params)
     return engines.get(engine).site_infer(call, x, params, None, False)
+
+
+class _Sized(NamedTuple):
+    """An activation, and a bound on the size of its elements: infinite where it is not known."""
+
+    x: Tensor
+    bound: float
+
+    def measured(self) -> _Sized:
+        return _Sized(self.x, folded.largest(self.x))
+
+
+def _folded_link(link: Link, engine: str, x: Tensor, bound: float | None) -> tuple[Tensor, float]:
+    """One block on its folded convolutions."""
+    spec = link.spec
+    source = _Sized(x, math.inf if bound is None else bound)
+    if bound is None and folded.onednn(x):
+        source = source.measured()
+    sized, residual = source, None
+    for site in spec.sites[:-1]:
+        sized = _folded_site(link, engine, site, sized, None, site.relu)
+    last = spec.sites[-1]
+    if spec.shortcut.kind != "none":
+        residual = _folded_residual(link, engine, source, child(link.block, last.conv).out_channels)
+    relu = last.relu if residual is None else spec.relu
+    out = _folded_site(link, engine, last, sized, residual, relu, owned=spec.shortcut.kind == "projection")
+    return _pooled(link, out.x), out.bound
+
+
+def _folded_residual(link: Link, engine: str, source: _Sized, channels: int) -> _Sized:
+    shortcut = link.spec.shortcut
+    if shortcut.site is not None:
+        return _folded_site(link, engine, shortcut.site, source, None, False)
+    if shortcut.kind == "pad":
+        padded = pad_residual(source.x, channels, shortcut.stride, shortcut.channel_offset)
+        return _Sized(padded.contiguous(memory_format=torch.channels_last), source.bound)
+    return source
+
+
+def _folded_site(
+    link: Link, engine: str, spec: SiteSpec, source: _Sized, residual: _Sized | None, relu: bool, owned: bool = False
+) -> _Sized:
+    """One convolution, the add and the ReLU; what bounds the sizes is measured again where the bound grew too large."""
+    store: folded.Folded = link.block.__dict__[FOLDED]
+    call, params = folded.plain_call(link, spec, engine) if spec.bn is None else bind(link.block, spec, engine)
+    site = store.site(spec.conv, call, params, source.x)
+    limit = folded.limit(source.x.dtype)
+
+    def reach() -> float:
+        return site.gain * source.bound + site.shift + (0.0 if residual is None else residual.bound)
+
+    if site.packed and not reach() < limit:
+        source, residual = source.measured(), None if residual is None else residual.measured()
+    added = None if residual is None else residual.x
+    out = folded.run(site, call, source.x, added, relu, bounded=reach() < limit, owned=owned)
+    return _Sized(out, reach())
