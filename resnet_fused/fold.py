@@ -17,8 +17,9 @@ from torch import nn
 from .folded import BY_FOLD, FOLDED, Folded
 from .fuse import fuse, restore
 from .links import child
-from .modules import BINDING, Binding, Fused, hooked, obstacle
+from .modules import Fused
 from .spec import ChainSpec
+from .structure import BINDING, Binding, hooked, obstacle
 
 Model = TypeVar("Model", bound=nn.Module)
 _BatchNorm = nn.modules.batchnorm._BatchNorm

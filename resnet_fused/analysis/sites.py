@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from ..links import child, weight_and_bias
-from ..modules import BINDING, Binding
+from ..structure import BINDING, Binding
 from ..tracing import leaf_kind
 
 
