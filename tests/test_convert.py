@@ -43,9 +43,9 @@ def theirs(name: str, kind: str) -> nn.Module:
         sizes = [64 * 2**i * (4 if deep else 1) for i in range(4)]
         config = library.ResNetConfig(hidden_sizes=sizes, depths=list(STAGES), layer_type=kind, num_labels=1000)
         return meta(library.ResNetForImageClassification, config)
-    if name == "mmpretrain":
+    if name in ("mmpretrain", "caffe"):
         return meta(models.MMNet, ours(kind, num_classes=None), 2048 if deep else 512, 1000)
-    if name in ("mmdet", "caffe"):
+    if name == "mmdet":
         return meta(models.MMNet, ours(kind, num_classes=None))
     if name == "detectron2":
         return meta(models.Detectron, deep, STAGES)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fused import ConversionError, convert, convert_file
+from resnet_fused.checkpoints import FORMATS
 from resnet_fused.cli import main
 from resnet_fused.eager import BasicBlock, ResNet, StemConfig
 from tests.models import checkpoints as models
@@ -45,6 +46,13 @@ def test_the_command_writes_what_loads(capsys):
     assert same(there, convert(source.state_dict()))
     assert main(["convert", "out.pth", "back.pth", "--to", "kuangliu", "--from", "torchvision"]) == 0
     assert same(torch.load("back.pth", weights_only=True), source.state_dict())
+
+
+def test_help_tells_the_formats(capsys):
+    with pytest.raises(SystemExit):
+        main(["convert", "--help"])
+    out = capsys.readouterr().out
+    assert all(f"  {form.name} " in out and form.about in out for form in FORMATS.values())
 
 
 def test_the_report_alone(capsys):

@@ -184,7 +184,8 @@ FORMATS: dict[str, Format] = {
         dataclasses.replace(
             _MMDET,
             name="caffe",
-            about="mmdet and its kin, style 'caffe'",
+            about="mmdet, mmpretrain and their kin, style 'caffe'",
+            layouts=(Layout(_LAYERS, prefix="backbone.", head="head.fc"), Layout(_LAYERS, head="head.fc")),
             stride_in="1x1",
             channel_order="BGR",
         ),

@@ -20,10 +20,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from ..checkpoints.holding import DROPPABLE
 
     names = [*FORMATS, *ALIASES]
+    parser.epilog = "formats:\n" + "\n".join(f"  {form.name:14}{form.about}" for form in FORMATS.values())
     parser.add_argument("source", metavar="IN", help="a file of torch.save, or .safetensors")
     parser.add_argument("out", metavar="OUT", nargs="?", help="the file to write, in the way its name says")
-    listed = ", ".join(FORMATS)
-    parser.add_argument("--to", default="torchvision", choices=names, metavar="FORMAT", help=f"one of {listed}")
+    parser.add_argument("--to", default="torchvision", choices=names, metavar="FORMAT", help="default: torchvision")
     parser.add_argument("--from", dest="src", choices=names, metavar="FORMAT", help="default: found out")
     parser.add_argument(
         "--drop",
