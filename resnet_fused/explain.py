@@ -153,6 +153,8 @@ def explain(model: nn.Module, x: Tensor | None = None) -> Explanation:
     records += [_run_record(*found) for found in loose_runs(model)]
     for name, block, found in find_chains(model):
         kind = type(block).__name__
+        if isinstance(block, FusedBlock) and _sharded(block) and BINDING in block.__dict__:
+            found = block.__dict__[BINDING].spec  # cannot be traced again, and was before it was sharded
         if isinstance(block, FusedBlock) and isinstance(found, ChainSpec):
             records.append(_fused_record(name, kind, block, found, extents.get(id(block), "block")))
         elif isinstance(found, Refusal):
@@ -206,6 +208,11 @@ def _rates(device: str) -> Any:
     from . import devices
 
     return devices.measured_cpu() if device == "cpu" else devices.here()
+
+
+def _sharded(block: nn.Module) -> bool:
+    """Whether ``fully_shard`` holds a part of the block's parameters here and the rest elsewhere."""
+    return any(type(parameter).__name__ == "DTensor" for parameter in block.parameters())
 
 
 def _extents(model: nn.Module) -> dict[int, str]:
