@@ -24,7 +24,7 @@ class _Native(FusedBlock):
         super().__init__(*args, **kwargs)
         found = recognise(self)  # type: ignore[arg-type]
         if isinstance(found, ChainSpec):
-            self.__dict__[BINDING] = Binding(found, memory, engine, structure_of(self))  # type: ignore[arg-type]
+            self.__dict__[BINDING] = Binding(found, memory, engine, structure_of(self, but=found.shortcut.path))  # type: ignore[arg-type]
 
 
 @register_fused_class

@@ -15,7 +15,7 @@ from . import engines
 from .calls import NO_SKIP, SiteCall, SiteParams, Skip, handed
 from .closed import ClosedSiteFunction
 from .infer import infer_link, infers
-from .links import Link, bind, child, conv_padding, is_frozen_norm, plain_projection, weight_and_bias
+from .links import Link, bind, child, conv_padding, is_frozen_norm, module_shortcut, plain_projection, weight_and_bias
 from .nodes import CloseFunction, NodeCall, Pending, PoolFunction, SiteFunction
 from .postnorm import PostNormFunction
 from .recompute import RecomputeFunction
@@ -59,7 +59,8 @@ def close(state: Tensor | Pending, engine: str, promote: bool = False) -> Tensor
 
 def _skip(link: Link) -> Skip:
     shortcut = link.spec.shortcut
-    return Skip(shortcut.kind, shortcut.stride, shortcut.channel_offset)
+    kind = "identity" if shortcut.kind == "module" else shortcut.kind  # either way a tensor that is added as it is
+    return Skip(kind, shortcut.stride, shortcut.channel_offset)
 
 
 def hand_stride(link: Link, engine: str) -> int:
@@ -109,7 +110,9 @@ def _closes(link: Link) -> bool:
     Its shortcut's batch norm then runs before the last site's: not where they are one module.
     """
     spec = link.spec
-    if len(spec.sites) == 1 or spec.pool is not None or spec.post is not None or spec.shortcut.first:
+    if len(spec.sites) == 1 or spec.pool is not None or spec.post is not None:
+        return False
+    if spec.shortcut.first or spec.shortcut.kind == "module":
         return False
     shortcut = spec.shortcut.site
     if shortcut is None:
@@ -138,11 +141,13 @@ def _run_link(
     if spec.pool is not None:
         window = (spec.pool.kernel, spec.pool.stride, spec.pool.padding)
         return PoolFunction.apply(engine, state.relu, window, state.y, state.moments, state.carrier)
-    if branch is None and x is not None:
+    if branch is None and x is not None and spec.shortcut.kind == "module":
+        branch = (module_shortcut(link, x if original is None else original, state.y.shape), None, None)
+    elif branch is None and x is not None:
         branch = _residual(link, engine, x, stride)
     if branch is None or spec.shortcut.kind == "none":
         return state
-    if original is not None and spec.shortcut.site is None:
+    if original is not None and spec.shortcut.kind in ("identity", "pad"):
         branch = (original, None, None)
     relu = spec.relu and spec.post is None
     ended = Pending(state.y, state.moments, state.carrier, relu, _skip(link), *branch)
@@ -161,9 +166,12 @@ def _post_norm(link: Link, engine: str, ended: Pending) -> Pending:
 def recomputes(link: Link) -> bool:
     """Whether the block runs a recomputing node: "min" always, "lean" where the last of its sites is 1x1.
 
-    A literal block never does: its batch norms would move in another order, and the sum it norms is kept anyway.
+    A literal block never does: its batch norms would move in another order, and the sum it norms is kept anyway. Nor
+    one with a shortcut that is a module: it keeps what it wants, and in a dtype of its own.
     """
     if link.memory == "speed" or link.spec.pool is not None or link.spec.is_literal():
+        return False
+    if link.spec.shortcut.kind == "module":
         return False
     last = child(link.block, link.spec.sites[-1].conv)
     return link.memory == "min" or (len(link.spec.sites) > 1 and last.kernel_size == _POINTWISE)
@@ -210,6 +218,13 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     if x.dtype != torch.float64 and _autocasts(device):
         return torch.get_autocast_dtype(device)
     return x.dtype
+
+
+def _mixes(state: Tensor | Pending) -> bool:
+    """Whether a shortcut's module returned another dtype than the chain's, which a join does not take."""
+    if isinstance(state, Tensor) or state.residual is None:
+        return False
+    return state.residual_moments is None and state.residual.dtype != state.y.dtype
 
 
 def _wants_gradient(state: Pending) -> bool:
@@ -275,7 +290,7 @@ class Run:
         else:
             self._state = _run_link(link, self._engine, self._state, original, last)
         self._promote = not link.spec.inplace_add
-        if original is not None:
+        if original is not None or _mixes(self._state):
             self._materialised()
 
     def feed_module(self, module: nn.Module) -> None:
@@ -299,7 +314,8 @@ class Run:
         self._engine = engines.select(x.device, dtype, link.engine)
         if not laid or dtype != x.dtype:
             self._state = x.to(dtype, memory_format=torch.channels_last)
-        return x if x.dtype != dtype and not link.spec.inplace_add else None
+        keeps = not link.spec.inplace_add or link.spec.shortcut.kind == "module"
+        return x if x.dtype != dtype and keeps else None
 
     def _materialised(self) -> Tensor:
         self._state = close(self._state, self._engine, self._promote)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from . import engines
 from .calls import SiteCall, SiteParams
 from .chain import Run, _apply_site
+from .limits import recomputing
 from .links import Link, child, conv_padding, weight_and_bias
 from .nodes import Pending, PoolFunction
 from .spec import ChainSpec, PoolSpec
@@ -136,7 +137,8 @@ class Deferred:
             padding = conv_padding(conv)
             geometry = (conv.stride, padding, conv.dilation, conv.groups)
             call = SiteCall(engine, *geometry, self._relu, norm.training, norm.momentum, norm.eps)
-            running = (None, None) if norm.counted and norm.training else norm.running
+            moved = norm.training and (norm.counted or recomputing())
+            running = (None, None) if moved else norm.running
             norm.counted = True
             return call, SiteParams(*weight_and_bias(conv), *norm.vectors, *running, None)
 

@@ -70,11 +70,11 @@ def fuse(model: Model, *, memory: str = "speed", engine: str | None = None) -> M
         if any(base.__name__ == "FSDPModule" for base in type(module).__mro__):
             raise ValueError("fuse: model: already sharded by fully_shard; call fuse first, then fully_shard")
     proven: dict[Any, str | None] = {}
-    for _, block, found in list(find_chains(model)):
+    for _, block, found in reversed(list(find_chains(model))):  # a shortcut's own blocks before the block around it
         block.__dict__.pop(REFUSAL, None)
         if isinstance(found, Refusal):
             continue
-        binding = Binding(found, memory, engine, structure_of(block))
+        binding = Binding(found, memory, engine, structure_of(block, but=found.shortcut.path))
         known = _known(block) and not found.is_literal() and registration(block) is None
         reason = None if known else _prove(block, binding, proven)
         if reason is None:
@@ -171,14 +171,15 @@ def _prove(block: nn.Module, binding: Binding, proven: dict[Any, str | None]) ->
 
 
 def _probe_twin(twin: nn.Module, binding: Binding) -> nn.Module:
-    _swap(twin, FusedBlock, binding._replace(structure=structure_of(twin)))
+    branch = binding.spec.shortcut.path  # type: ignore[union-attr]
+    _swap(twin, FusedBlock, binding._replace(structure=structure_of(twin, but=branch)))
     return twin
 
 
 def _fuse_runs(model: nn.Module, memory: str, engine: str | None) -> None:
     """Swap stages (Sequentials with neighbouring fused blocks) and known trunks."""
     for module in list(model.modules()):
-        if type(module) is nn.Sequential:
+        if isinstance(module, nn.Sequential) and _stock_class(module).forward is nn.Sequential.forward:
             blocks = [isinstance(m, FusedBlock) for m in module]
             if any(a and b for a, b in itertools.pairwise(blocks)):
                 _swap(module, FusedStage, Binding(None, memory, engine))

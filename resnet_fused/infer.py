@@ -28,8 +28,8 @@ def infers(link: Link, engine: str, x: Tensor) -> bool:
     So it does where gradients are recorded too, if neither ``x`` nor a parameter wants one. Nothing is
     seen of a site then, so not while somebody observes the sites.
     """
-    if link.spec.post is not None or is_observed():
-        return False
+    if link.spec.post is not None or link.spec.shortcut.kind == "module" or is_observed():
+        return False  # the add of a module's result may promote, or broadcast
     if not (_is_folded(link, engine) or hasattr(engines.get(engine), "site_infer")):
         return False
     sites = [site for site in link.spec.site_specs() if site.bn is not None]

@@ -60,9 +60,12 @@ def _count(change: int) -> None:
 
 def bypassed(x: object) -> bool:
     """Whether a call goes to the modules as written: export, tracing, `disable`, no tensor at all."""
-    if not isinstance(x, Tensor) or isinstance(x, torch.fx.Proxy) or _disabled:
-        return True
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+    return not isinstance(x, Tensor) or isinstance(x, torch.fx.Proxy) or switched_off()
+
+
+def switched_off() -> bool:
+    """Whether everything goes to the modules as written at this moment."""
+    return bool(_disabled) or torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 def transform() -> str | None:

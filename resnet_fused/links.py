@@ -111,6 +111,12 @@ def bind(block: nn.Module, site: SiteSpec, engine: str, hand_stride: int = 1) ->
     return call, params
 
 
+def module_shortcut(link: Link, x: Tensor, size: torch.Size) -> Tensor:
+    """What a shortcut that is a module of its own makes of the block's input, broadcast to ``size`` as an add would."""
+    out = child(link.block, link.spec.shortcut.path)(x)
+    return (out if out.shape == size else out.expand(size)).contiguous(memory_format=torch.channels_last)
+
+
 def plain_projection(link: Link, site: SiteSpec, x: Tensor, engine: str) -> Tensor:
     """A projection without batch norm: an ordinary convolution, finished."""
     conv = child(link.block, site.conv)

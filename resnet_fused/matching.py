@@ -113,7 +113,7 @@ def _match_add(add: Step, module: nn.Module) -> ChainSpec:
         raise MismatchError(f"both operands of the add are chains, of {lengths[0]} and {lengths[1]} convolutions")
     main, other = (first, second) if lengths[0] >= lengths[1] else (second, first)
     if main.kind != "bn":
-        operand = first if first.kind not in ("input", "copy", "subsample", "pad") else second
+        operand = first if first.kind not in ("input", "copy", "subsample", "pad", "module") else second
         raise MismatchError(_odd(operand, "the add"))
     sites = _read_sites(main, False)
     shortcut = _read_shortcut(other)
@@ -159,6 +159,8 @@ def _read_shortcut(step: Step) -> ShortcutSpec:
         return ShortcutSpec("identity")
     if step.kind in ("subsample", "pad"):
         return _read_pad(step)
+    if step.kind == "module" and step.source().kind == "input":
+        return ShortcutSpec("module", path=step.path)
     bn = step.path if step.kind == "bn" else None
     conv = step.source() if bn is not None else step
     if conv.kind != "conv":
@@ -190,7 +192,7 @@ def _check_channels(spec: ChainSpec, module: nn.Module, padded: int | None) -> N
         start = _site_width(shortcut.site, module, start)
     elif shortcut.kind == "pad":
         start = width if padded is None else padded
-    if shortcut.kind != "none" and start != width:
+    if shortcut.kind not in ("none", "module") and start != width:
         raise MismatchError(f"the shortcut adds {start} channels to {width}")
     if spec.post is not None:
         _check_features(spec.post, module, width)
@@ -235,7 +237,7 @@ def chain_size(spec: ChainSpec, module: nn.Module, size: tuple[int, int]) -> tup
 
 def _check_sizes(spec: ChainSpec, module: nn.Module) -> None:
     """A shortcut whose spatial size can never be the main path's."""
-    if spec.shortcut.kind == "none":
+    if spec.shortcut.kind in ("none", "module"):
         return
     for n in _SIZES:
         main, skip = chain_size(spec, module, (n, n)), (n, n)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from .deferred import arm, disarm, is_armed, released, rests
+from .limits import recomputing, switched_off, transform
 from .links import Link, child
 from .modules import MIXINS, Fused, notice
 from .spec import ChainSpec
@@ -52,9 +53,10 @@ class FusedNet(Fused):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The stock forward, in which the convolutions of every run wait for their batch norms."""
         binding = self.__dict__.get(BINDING)
-        if not isinstance(binding, NetBinding) or torch.compiler.is_exporting() or torch.jit.is_tracing():
+        if not isinstance(binding, NetBinding) or switched_off() or transform() is not None:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         armed: list[nn.Module] = []
+        counters = _counters(self, binding) if recomputing() else []  # type: ignore[arg-type]
         for run in binding.runs:
             reason = run_obstacle(self, run)  # type: ignore[arg-type]
             if reason is None:
@@ -65,6 +67,15 @@ class FusedNet(Fused):
             return released(super().forward(*args, **kwargs))  # type: ignore[misc]
         finally:
             disarm(armed)
+            for counter, before in counters:  # the modules count their batch themselves, once too often
+                counter.copy_(before)
+
+
+def _counters(net: nn.Module, binding: NetBinding) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The batch counters of the runs' batch norms, and copies of them."""
+    norms = [child(net, site.bn) for run in binding.runs for site in run.spec.sites if site.bn]
+    counters = [norm.num_batches_tracked for norm in norms if getattr(norm, "num_batches_tracked", None) is not None]
+    return [(counter, counter.clone()) for counter in counters]
 
 
 ARMED = "another thread runs it at this moment"

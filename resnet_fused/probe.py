@@ -86,8 +86,8 @@ def _random_copy(block: nn.Module, generator: torch.Generator) -> nn.Module:
     for module in copy.modules():
         if isinstance(module, nn.SyncBatchNorm):
             module.__class__ = nn.BatchNorm2d  # type: ignore[assignment]
-        if leaf_kind(module) in ("conv", "bn"):
-            for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            if tensor.is_floating_point() or leaf_kind(module) == "bn":
                 _randomise(name, tensor, generator)
     return copy.requires_grad_(True)
 
@@ -177,6 +177,7 @@ def _run(module: nn.Module, x: Tensor, training: bool) -> dict[str, Tensor | Non
     module.train(training)
     module.zero_grad(set_to_none=True)
     leaf = x.detach().clone().requires_grad_(True)
+    torch.default_generator.manual_seed(_SEED)  # a shortcut may draw; `probe` has put the user's state aside
     output = module(leaf)
     generator = torch.Generator("cpu").manual_seed(_SEED)
     output.backward(torch.randn(output.shape, dtype=torch.float64, device="cpu", generator=generator))

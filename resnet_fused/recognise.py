@@ -8,6 +8,7 @@ thing. A match says that the *structure* is a chain; `probe` then proves the num
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 
@@ -20,7 +21,16 @@ from .matching import MismatchError, match
 from .register import registered_chain, registration
 from .spec import ChainSpec, SiteSpec
 from .steps import translate
-from .tracing import UntraceableError, is_opaque, leaf_kind, named, record, replicate, stock_class
+from .tracing import (
+    UntraceableError,
+    is_conv_with_more,
+    is_opaque,
+    leaf_kind,
+    named,
+    record,
+    replicate,
+    stock_class,
+)
 
 MAX_CONVS = 8
 MAX_MODULES = 64
@@ -59,22 +69,61 @@ def recognise(module: nn.Module) -> ChainSpec | Refusal:
     try:
         train, called = record(copy, True)
         evaluation, _ = record(copy, False)
-        if [_signature(n) for n in train.nodes] != [_signature(n) for n in evaluation.nodes]:
-            return Refusal("its forward does different things in training and in eval mode")
-        spec = match(translate(copy, train), module)
-    except (UntraceableError, MismatchError) as error:
+        differs = _first_difference(train, evaluation)
+        if differs is not None:
+            return Refusal(f"{differs} does different things in training and in eval mode")
+    except UntraceableError as error:
         return Refusal(str(error))
-    return dataclasses.replace(spec, inner=_inner(module, spec, called))
+    try:
+        spec = match(translate(copy, train), module)
+        return dataclasses.replace(spec, inner=_inner(module, spec, called))
+    except (UntraceableError, MismatchError) as error:
+        branches = (_around(module, copy, name) for name, child in module.named_children() if _does_something(child))
+        chains = [found for found in branches if found is not None]
+        return max(chains, key=lambda found: len(found.sites)) if chains else Refusal(str(error))
+
+
+def _around(module: nn.Module, copy: nn.Module, branch: str) -> ChainSpec | None:
+    """The chain around the child ``branch``, taken for the block's shortcut; that it can be recorded is known."""
+    leaves = frozenset((branch,))
+    try:
+        graph, called = record(copy, True, leaves)
+        spec = match(translate(copy, graph, leaves), module)
+    except (UntraceableError, MismatchError):
+        return None
+    apart = _stands_apart(module, spec, branch, graph)
+    return dataclasses.replace(spec, inner=_inner(module, spec, called)) if apart else None
+
+
+def _does_something(child: nn.Module) -> bool:
+    """Whether a child is more than a convolution, a batch norm, an activation, or nothing at all."""
+    return leaf_kind(child) is None and not (isinstance(child, nn.Sequential) and not len(child))
+
+
+def _first_difference(train: torch.fx.Graph, evaluation: torch.fx.Graph) -> str | None:
+    """Whose forward the two modes do not share, or None."""
+    for a, b in itertools.zip_longest(train.nodes, evaluation.nodes):
+        if a is None or b is None or _signature(a) != _signature(b):
+            places = [str(n.meta["where"]) for n in (a, b) if n is not None and "where" in n.meta]
+            return next((place for place in places if place != "its forward"), "its forward")
+    return None
 
 
 def _signature(node: torch.fx.Node) -> tuple[object, ...]:
     return node.op, node.target, str(node.args), str(node.kwargs)
 
 
+def _stands_apart(module: nn.Module, spec: ChainSpec, branch: str, graph: torch.fx.Graph) -> bool:
+    """Whether a branch is the shortcut, called once, and shares no module with the main path."""
+    inside = set(module.get_submodule(branch).modules())
+    main = {module.get_submodule(path) for site in spec.sites for path in (site.conv, site.bn) if path}
+    return spec.shortcut.path == branch and not inside & main and sum(n.target == branch for n in graph.nodes) == 1
+
+
 def _structure_obstacle(module: nn.Module) -> str | None:
     """What can be seen without tracing."""
     modules = list(module.named_modules())
-    kinds = Counter(leaf_kind(m) for _, m in modules)
+    kinds = Counter("conv" if is_conv_with_more(m) else leaf_kind(m) for _, m in modules)
     if kinds["conv"] > MAX_CONVS or len(modules) > MAX_MODULES:
         return f"it is larger than a block: {kinds['conv']} convolutions in {len(modules)} modules"
     for path, m in modules:
@@ -101,7 +150,7 @@ def _families(module: nn.Module) -> Counter[str | None]:
 
 def module_obstacle(m: nn.Module) -> str | None:
     """Why one module could do something its class's forward does not show."""
-    kind = leaf_kind(m)
+    kind = "conv" if is_conv_with_more(m) else leaf_kind(m)
     if parametrize.is_parametrized(m):
         return "is parametrised"
     if isinstance(m, torch.jit.ScriptModule):
@@ -144,9 +193,9 @@ def _inner(module: nn.Module, spec: ChainSpec, called: tuple[str, ...]) -> tuple
 def find_chains(model: nn.Module) -> Iterator[tuple[str, nn.Module, ChainSpec | Refusal]]:
     """Walk a model from the top: every chain, and every block that looks like one and is not.
 
-    A chain is not searched further. A refusal is reported for the smallest modules with a forward of
-    their own that hold a convolution and a batch norm no chain covers, not for stages and models around
-    them, and before the chains inside it.
+    A chain is not searched further, but for a shortcut that is a module. A refusal is reported for the smallest
+    modules with a forward of their own that hold a convolution and a batch norm no chain covers, not for stages and
+    models around them, and before the chains inside it.
 
     Yields:
         ``(name, module, result)``, names as in ``model.named_modules()``.
@@ -164,6 +213,9 @@ def _walk(name: str, module: nn.Module, seen: set[nn.Module]) -> Iterator[tuple[
     found = recognise(module)
     if isinstance(found, ChainSpec) and not _is_wrapper(module, found):
         yield name, module, found
+        if found.shortcut.path:
+            branch = found.shortcut.path
+            yield from _walk(f"{name}.{branch}".lstrip("."), module.get_submodule(branch), seen)
         return
     inside = [
         entry for child, m in module.named_children() for entry in _walk(f"{name}.{child}" if name else child, m, seen)
@@ -191,6 +243,8 @@ def _below(prefix: str, spec: ChainSpec) -> ChainSpec:
     shortcut = spec.shortcut
     if shortcut.site is not None:
         shortcut = dataclasses.replace(shortcut, site=site(shortcut.site))
+    if shortcut.path:
+        shortcut = dataclasses.replace(shortcut, path=f"{prefix}.{shortcut.path}")
     post = None if spec.post is None else f"{prefix}.{spec.post}"
     return dataclasses.replace(spec, sites=tuple(site(s) for s in spec.sites), shortcut=shortcut, post=post, inner=())
 

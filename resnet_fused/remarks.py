@@ -23,7 +23,9 @@ def remarks(block: Any, spec: ChainSpec, memory: str, origin: str | None = None)
     if spec.is_literal() and memory != "speed":
         found.append('kept for backward as in "speed"')
     used = {spec.post, *(path for site in spec.site_specs() for path in (site.conv, site.bn))}
-    dead = [name for name, _ in block.named_parameters() if name.rpartition(".")[0] not in used]
+    branch = f"{spec.shortcut.path}." if spec.shortcut.path else ()
+    owners = ((name, name.rpartition(".")[0]) for name, _ in block.named_parameters())
+    dead = [name for name, owner in owners if owner not in used and not f"{owner}.".startswith(branch)]
     if dead and origin is None:
         found.append(f"{', '.join(dead)} never used: DDP needs find_unused_parameters=True")
     norms = synchronise.describe([child(block, path) for path in spec.norms()])

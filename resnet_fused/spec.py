@@ -12,7 +12,7 @@ import dataclasses
 from typing import Literal
 
 Pair = tuple[int, int]
-ShortcutKind = Literal["none", "identity", "pad", "projection"]
+ShortcutKind = Literal["none", "identity", "pad", "projection", "module"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,9 @@ class ShortcutSpec:
     zero-padded to the output's channels with ``channel_offset`` of the zeros in front (0: the
     paper's text; a quarter of the output's channels: the symmetric convention). ``projection``:
     ``site``, a convolution with or without batch norm. ``first``: its batch norm is one of the main path's
-    too and is used before it, so that its statistics move first; recorded only where that matters.
+    too and is used before it, so that its statistics move first; recorded only where that matters. ``module``:
+    whatever the submodule at ``path`` returns for the block's input; it is called as it is, and only what follows is
+    part of the chain.
     """
 
     kind: ShortcutKind = "none"
@@ -43,6 +45,7 @@ class ShortcutSpec:
     stride: int = 1
     channel_offset: int = 0
     first: bool = False
+    path: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch.fx import Graph, Node
 
 from .eager_blocks import pad_shortcut
 from .spec import Pair, PoolSpec
-from .tracing import UntraceableError, leaf_kind, named
+from .tracing import UntraceableError, is_conv_with_more, leaf_kind, named
 
 _SHAPE_METHODS = ("size", "dim", "numel", "ndimension")
 _VIEWS = ("input", "subsample")
@@ -56,9 +56,10 @@ class Step:
         return _PHRASES[self.kind]
 
 
-_WORDS = {"conv": "convolution", "bn": "batch norm"}
+_WORDS = {"conv": "convolution", "bn": "batch norm", "module": "module"}
 _PHRASES = {
     "input": "the block's input",
+    "module": "a module",
     "relu": "a ReLU",
     "add": "an add",
     "pool": "a max pool",
@@ -87,13 +88,13 @@ class Steps:
         return found
 
 
-def translate(root: nn.Module, graph: Graph) -> Steps:
-    """The steps of a recorded graph.
+def translate(root: nn.Module, graph: Graph, leaves: frozenset[str] = frozenset()) -> Steps:
+    """The steps of a recorded graph; ``leaves`` are the paths of modules that were not looked into.
 
     Raises:
         UntraceableError: an operation is outside the vocabulary.
     """
-    return _Translator(root).run(graph)
+    return _Translator(root, leaves).run(graph)
 
 
 def step_of(root: nn.Module, node: Node) -> Step | None:
@@ -110,8 +111,8 @@ def step_of(root: nn.Module, node: Node) -> Step | None:
 
 
 class _Translator:
-    def __init__(self, root: nn.Module) -> None:
-        self.root = root
+    def __init__(self, root: nn.Module, leaves: frozenset[str] = frozenset()) -> None:
+        self.root, self.leaves = root, leaves
         self.steps: list[Step] = []
         self.values: dict[Node, Step | None] = {}  # None: a shape, which only another shape may read
         self.changed: dict[Step, Step] = {}  # a step to the in-place one that overwrote its result
@@ -129,6 +130,8 @@ class _Translator:
         if not isinstance(value, Node):
             raise UntraceableError(f"{_where(node)} calls {_name(node)} with {value!r} for a tensor")
         step = self.values[value]
+        if step is not None and step.kind == "parameter":
+            raise UntraceableError(f"{_where(node)} uses '{step.path}' directly")
         if step is None:
             raise UntraceableError(f"{_where(node)} computes with the shape of a tensor")
         while step in self.changed:
@@ -139,7 +142,7 @@ class _Translator:
         if node.op == "placeholder":
             return self.emit(node, Step("input"))
         if node.op == "get_attr":
-            raise UntraceableError(f"{_where(node)} uses '{node.target}' directly")
+            return Step("parameter", path=str(node.target))
         if node.op == "call_module":
             return self.module(node)
         if _is_shape(node) or any(isinstance(a, Node) and self.values[a] is None for a in node.args[:1]):
@@ -166,6 +169,8 @@ class _Translator:
         kind = leaf_kind(module)
         if len(node.args) != 1 or node.kwargs:
             raise UntraceableError(f"{_where(node)} calls {named(path, module)} with more than one tensor")
+        if path in self.leaves:
+            return self.emit(node, Step("module", (self.read(node, node.args[0]),), path))
         if kind is None:
             raise UntraceableError(f"{named(path, module)} is not part of a conv-BN-ReLU chain")
         source = self.read(node, node.args[0])
@@ -198,6 +203,25 @@ class _Translator:
         source = self.read(node, a.pop("input"))
         return self.emit(node, Step("pool", (source,), pool=_pool_spec(f"{_where(node)}'s max_pool2d", **a)))
 
+    def conv(self, node: Node) -> Step:
+        """A convolution in the forward of a user's ``nn.Conv2d``: with that module's own parameters and geometry."""
+        a = _bind(node, "input", "weight", bias=None, stride=1, padding=0, dilation=1, groups=1)
+        path, _, name = self.parameter(a["weight"]).rpartition(".")
+        module = self.root.get_submodule(path) if path else None
+        names = ("stride", "padding", "dilation", "groups")
+        own = name == "weight" and isinstance(module, nn.Conv2d) and is_conv_with_more(module)
+        expected = f"{path}.bias" if own and module.bias is not None else None  # type: ignore[union-attr]
+        if not own or expected != (None if a["bias"] is None else self.parameter(a["bias"])):
+            raise UntraceableError(f"{_where(node)} convolves with a weight or bias that is not an nn.Conv2d's own")
+        if any(a[name] != getattr(module, name) for name in names):
+            raise UntraceableError(f"{_where(node)} convolves with another stride, padding, dilation or groups")
+        return self.emit(node, Step("conv", (self.read(node, a["input"]),), path))
+
+    def parameter(self, value: Any) -> str:
+        """The path of a parameter that is read directly; empty for anything else."""
+        step = self.values.get(value) if isinstance(value, Node) else None
+        return step.path if step is not None and step.kind == "parameter" else ""
+
     def copy(self, node: Node) -> Step:
         return self.emit(node, Step("copy", (self.read(node, _bind(node, "input")["input"]),)))
 
@@ -228,6 +252,7 @@ _HANDLERS: dict[Any, Callable[[_Translator, Node], Step]] = {
     **dict.fromkeys((operator.add, operator.iadd, torch.add, "add", "add_"), _Translator.add),
     **dict.fromkeys((F.max_pool2d, torch.max_pool2d), _Translator.max_pool),
     **dict.fromkeys((torch.clone, "clone"), _Translator.copy),
+    **dict.fromkeys((F.conv2d, torch.conv2d), _Translator.conv),
     operator.getitem: _Translator.slice,
     F.pad: _Translator.pad,
     pad_shortcut: _Translator.option_a,

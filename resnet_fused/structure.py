@@ -34,14 +34,14 @@ class Binding(NamedTuple):
     structure: Structure = ()
 
 
-def structure_of(block: nn.Module, names: tuple[str, ...] | None = None) -> Structure:
-    """The classes of all modules in a block, or of the direct children ``names`` alone."""
+def structure_of(block: nn.Module, names: tuple[str, ...] | None = None, but: str = "") -> Structure:
+    """The classes of all modules in a block but those inside ``but``, or of the direct children ``names`` alone."""
     if names is not None:
         return (("", tuple((name, _class(block._modules[name])) for name in names), False),)
     return tuple(
         (path, tuple((name, _class(m)) for name, m in container._modules.items()), True)
         for path, container in block.named_modules()
-        if container._modules
+        if container._modules and not (but and f"{path}.".startswith(f"{but}."))
     )
 
 

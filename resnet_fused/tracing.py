@@ -8,39 +8,32 @@ or raises `UntraceableError` with the reason in words. As every use of `torch.fx
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import operator
-import random
-import sys
 import types
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.fx
 from torch import Tensor, nn
 
+from .ambient import UntraceableError, ambient, guarded
 from .links import is_frozen_norm
 from .modules import Fused
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-_AUTOCAST_DEVICES = ("cuda", "cpu")
-
-
-class UntraceableError(Exception):
-    """A block that cannot be recorded; the message is the reason, in words a user can act on."""
 
 
 def leaf_kind(module: nn.Module) -> str | None:
     """``conv``, ``bn``, ``relu``, ``pool`` or ``identity`` for the exact classes a chain knows, else None."""
-    if type(module) in _LEAVES:
-        return _LEAVES[type(module)]
+    if type(module) in LEAVES:
+        return LEAVES[type(module)]
     return "bn" if is_frozen_norm(module) else None
 
 
-_LEAVES: dict[type[nn.Module], str] = {
+LEAVES: dict[type[nn.Module], str] = {
     nn.Conv2d: "conv",
     nn.BatchNorm2d: "bn",
     nn.SyncBatchNorm: "bn",
@@ -48,6 +41,12 @@ _LEAVES: dict[type[nn.Module], str] = {
     nn.MaxPool2d: "pool",
     nn.Identity: "identity",
 }
+
+
+def is_conv_with_more(module: nn.Module) -> bool:
+    """Whether it is a user's ``nn.Conv2d`` whose own forward does more than convolve: norm and activation, often."""
+    cls = stock_class(module)
+    return isinstance(module, nn.Conv2d) and not is_opaque(module) and cls.forward is not nn.Conv2d.forward
 
 
 def is_opaque(module: nn.Module) -> bool:
@@ -113,34 +112,41 @@ class _Proxy(torch.fx.Proxy):
     def __iadd__(self, other: Any) -> torch.fx.Proxy:
         return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
 
+    def numel(self) -> torch.fx.Proxy:
+        return _Count(self.tracer.create_proxy("call_method", "numel", (self,), {}).node, self.tracer)
 
-def _ambient() -> tuple[object, ...]:
-    """The thread-wide modes a forward may switch and a graph does not show."""
-    autocast = [(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in _AUTOCAST_DEVICES]
-    saved_tensor_hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), saved_tensor_hooks, *autocast)
+
+class _Count(_Proxy):
+    """A number of elements: never zero, as a chain takes no empty tensor (`Run.takes`)."""
+
+    def __eq__(self, other: object) -> Any:
+        return False if type(other) is int and other == 0 else super().__eq__(other)
+
+    def __gt__(self, other: object) -> Any:
+        return True if type(other) is int and other == 0 else operator.gt(_Proxy(self.node, self.tracer), other)  # type: ignore[arg-type]
+
+    __hash__ = _Proxy.__hash__
 
 
 class _Recorder(torch.fx.Tracer):
-    """`torch.fx.Tracer` whose leaves are the classes a chain knows, with one input and no constants.
+    """`torch.fx.Tracer` whose leaves are the classes a chain knows, and the paths ``leaves``; with one input."""
 
-    With ``leaves``, paths of further modules that are not looked into, constants are allowed.
-    """
-
-    def __init__(self, leaves: frozenset[str] | None = None) -> None:
+    def __init__(self, leaves: frozenset[str], constants: bool = False) -> None:
         super().__init__()
-        self.leaves = leaves
+        self.leaves, self.constants = leaves, constants
         self.called: list[str] = []
         self.stack: list[str] = []
-        self.ambient = _ambient()
+        self.ambient = ambient()
 
     def proxy(self, node: torch.fx.Node) -> torch.fx.Proxy:
         return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if self.leaves is not None and module_qualified_name in self.leaves:
+        if module_qualified_name in self.leaves:
             return True
-        return leaf_kind(m) is not None or isinstance(m, tuple(_LEAVES)) or is_opaque(m)
+        if is_conv_with_more(m):
+            return False
+        return leaf_kind(m) is not None or isinstance(m, tuple(LEAVES)) or is_opaque(m)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         # fx's own `forward` would fire global module hooks; m.forward does not
@@ -157,7 +163,7 @@ class _Recorder(torch.fx.Tracer):
         return result
 
     def create_node(self, kind: str, *args: Any, **kwargs: Any) -> torch.fx.Node:
-        if _ambient() != self.ambient:
+        if ambient() != self.ambient:
             raise UntraceableError(
                 f"{self.where()} switches autocast, gradient mode or saved-tensor hooks, which a chain would not do"
             )
@@ -166,7 +172,7 @@ class _Recorder(torch.fx.Tracer):
         return node
 
     def create_arg(self, a: Any) -> Any:
-        if self.leaves is None and isinstance(a, Tensor) and not isinstance(a, nn.Parameter):
+        if not self.constants and isinstance(a, Tensor) and not isinstance(a, nn.Parameter):
             raise UntraceableError(f"{self.where()} computes with a tensor of its own")
         return super().create_arg(a)
 
@@ -186,46 +192,6 @@ class _Recorder(torch.fx.Tracer):
         """Whose forward is being traced."""
         path = self.stack[-1] if self.stack else ""
         return named(path, self.root.get_submodule(path)) if path else "its forward"
-
-
-def _random_states() -> dict[str, Any]:
-    """The state of every generator a forward could draw from, in comparable form."""
-    states: dict[str, Any] = {"torch": torch.random.get_rng_state().tolist(), "random": random.getstate()}
-    if torch.cuda.is_initialized():
-        states["cuda"] = torch.cuda.get_rng_state().tolist()
-    if "numpy.random" in sys.modules:
-        kind, keys, *rest = sys.modules["numpy.random"].get_state()
-        states["numpy"] = (kind, keys.tolist(), *rest)
-    return states
-
-
-def _restore_random_states(states: dict[str, Any]) -> None:
-    torch.random.set_rng_state(torch.tensor(states["torch"], dtype=torch.uint8, device="cpu"))
-    random.setstate(states["random"])
-    if "cuda" in states:
-        torch.cuda.set_rng_state(torch.tensor(states["cuda"], dtype=torch.uint8, device="cpu"))
-    if "numpy" in states:
-        sys.modules["numpy.random"].set_state(states["numpy"])
-
-
-@contextlib.contextmanager
-def _guarded(eager_modes: bool) -> Iterator[None]:
-    """Known modes around a trace, and every generator as it was; raises if a random number was drawn."""
-    autocast = [torch.is_autocast_enabled(d) for d in _AUTOCAST_DEVICES]
-    before = _random_states()
-    try:
-        for device in _AUTOCAST_DEVICES:
-            torch.set_autocast_enabled(device, eager_modes)
-        with torch.inference_mode(False), torch.set_grad_enabled(eager_modes):
-            yield
-    finally:
-        for device, enabled in zip(_AUTOCAST_DEVICES, autocast, strict=True):
-            torch.set_autocast_enabled(device, enabled)
-        drawn = _random_states() != before
-        if drawn:
-            _restore_random_states(before)
-    if drawn:
-        raise UntraceableError("its forward draws random numbers")
 
 
 def _attributes(root: nn.Module) -> dict[str, list[tuple[object, int]]]:
@@ -277,8 +243,8 @@ def record_partly(
         module.training = training
     reason: str | None = None
     try:
-        with _guarded(training):
-            recorder = _Recorder(leaves)
+        with guarded(training):
+            recorder = _Recorder(leaves, constants=True)
             recorder.graph = torch.fx.Graph()
             _trace(recorder, copy)
     except UntraceableError as error:
@@ -286,19 +252,24 @@ def record_partly(
     return recorder.graph, tuple(dict.fromkeys(recorder.called)), reason
 
 
-def record(copy: nn.Module, training: bool) -> tuple[torch.fx.Graph, tuple[str, ...]]:
+def record(
+    copy: nn.Module, training: bool, leaves: frozenset[str] = frozenset()
+) -> tuple[torch.fx.Graph, tuple[str, ...]]:
     """Trace a copy made by `replicate`: its graph, and the paths of the modules called, in order.
 
     Gradient mode and autocast are on when ``training`` and off otherwise, so that a forward that sets
     one of them itself is seen in one of the two.
+
+    Args:
+        leaves: the paths of modules that are not looked into.
 
     Raises:
         UntraceableError: the forward cannot be recorded, or the record would not be the whole truth.
     """
     for module in copy.modules():
         module.training = training
-    with _guarded(training):
-        recorder = _Recorder()
+    with guarded(training):
+        recorder = _Recorder(leaves)
         before = _attributes(copy)
         graph = _trace(recorder, copy)
         changed = _first_change(before, _attributes(copy))

@@ -30,7 +30,7 @@ LAYERS = (
     ("deferred",),
     ("modules", "eager_blocks", "functional"),
     ("nets",),
-    ("eager", "tracing", "steps", "matching", "register", "recognise", "runs", "probe", "graphs"),
+    ("eager", "tracing", "ambient", "steps", "matching", "register", "recognise", "runs", "probe", "graphs"),
     ("fuse", "blocks", "freeze"),
     ("analysis", "fold"),
     ("counting", "devices", "passes", "siteplan"),

@@ -181,7 +181,11 @@ REFUSALS: dict[str, tuple[Callable[[], nn.Module], str]] = {
         "the result of a ReLU is used 2 times",
     ),
     "two branches": (
-        lambda: Block(skip=nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))),
+        lambda: make(
+            lambda b, x: b.main(x) + b.bn4(b.conv4(b.bn3(b.conv3(x)))),
+            **{f"conv{i}": nn.Conv2d(4, 4, 1) for i in (3, 4)},
+            **{f"bn{i}": nn.BatchNorm2d(4) for i in (3, 4)},
+        ),
         "both operands of the add are chains, of 2 and 2 convolutions",
     ),
     "unused batch norm": (
@@ -213,10 +217,16 @@ REFUSALS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "random": (lambda: Block(skip=StochasticDepth()), "its forward draws random numbers"),
     "cat": (lambda: make(lambda b, x: torch.cat([b.main(x), x], 1)), "its forward calls cat, which is not part"),
     "squeeze and excite": (
-        lambda: Block(skip=nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(4, 4, 1), nn.Sigmoid())),
+        lambda: make(
+            lambda b, x: b.main(x) * b.skip(x) + x,
+            skip=nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(4, 4, 1), nn.Sigmoid()),
+        ),
         "'skip.0' (AdaptiveAvgPool2d) is not part of a conv-BN-ReLU chain",
     ),
-    "function of a child": (lambda: Block(skip=LambdaLayer(torch.sigmoid)), "'skip' (LambdaLayer) calls sigmoid"),
+    "function of a child": (
+        lambda: make(lambda b, x: b.skip(b.main(x)) + x, skip=LambdaLayer(torch.sigmoid)),
+        "'skip' (LambdaLayer) calls sigmoid",
+    ),
     "dropout": (lambda: Block(relu=nn.Dropout(0.0)), "'relu' (Dropout) is not part of a conv-BN-ReLU chain"),
     "relu6": (lambda: Block(relu=nn.ReLU6()), "'relu' (ReLU6) is not part of a conv-BN-ReLU chain"),
     "group norm": (lambda: Block(bn1=nn.GroupNorm(2, 4)), "'bn1' (GroupNorm) is not part"),
