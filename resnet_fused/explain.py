@@ -20,7 +20,7 @@ from .recognise import Refusal, find_chains
 from .remarks import remarks
 from .siteplan import SitePlan, shape_of_conv, site_plans
 from .spec import ChainSpec
-from .structure import BINDING, obstacle
+from .structure import BINDING, obstacle, stands_alone
 
 _MB, _GIGA, _MS = 1e6, 1e9, 1e3
 
@@ -221,7 +221,12 @@ def _extents(model: nn.Module) -> dict[int, str]:
     for kind, label in ((FusedStage, "stage"), (FusedTrunk, "trunk")):
         for module in model.modules():
             if isinstance(module, kind):
-                extents.update((id(inner), label) for inner in module.modules() if isinstance(inner, FusedBlock))
+                alone = [
+                    m for m in module.modules() if m is not module and isinstance(m, FusedStage) and stands_alone(m)
+                ]
+                apart = {id(inner) for stage in alone for inner in stage.modules()}
+                blocks = [inner for inner in module.modules() if isinstance(inner, FusedBlock)]
+                extents.update((id(inner), label) for inner in blocks if id(inner) not in apart)
     return extents
 
 
@@ -233,7 +238,7 @@ def _fused_record(name: str, kind: str, block: Fused | nn.Module, spec: ChainSpe
     link = block.as_link() if isinstance(block, FusedBlock) else None
     reasons = remarks(block, spec, binding.memory, "known network" if kind == "stem" else None)
     if isinstance(block, FusedBlock) and link is None:
-        reasons, extent = ["hook on the block: it is called by itself"], "block"
+        reasons, extent = ["called by itself: hooked, wrapped or compiled alone"], "block"
     elif link is not None and recomputes(link):
         extent = "block"
     return BlockRecord(name, kind, True, "; ".join(reasons), _plan(block, spec, binding, extent))

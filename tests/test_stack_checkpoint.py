@@ -16,9 +16,16 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential, create_selective_checkpoint_contexts
 
 import resnet_fused
-from resnet_fused import fuse
+from resnet_fused import explain, fuse
 from resnet_fused.modules import FusedBlock
 from tests.stack_cases import gradients, identical, images, pair, same, stage, state
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> None:
+    """The classes' forwards are shared, and a function is compiled for a limited number of settings."""
+    torch.compiler.reset()
+
 
 Forward = Callable[[nn.Sequential, Tensor], Tensor]
 WAYS: dict[str, Forward] = {
@@ -91,6 +98,8 @@ def test_a_forward_wrapped_on_the_instance_is_called(owner: str) -> None:
         return inner(x)
 
     module.forward = lambda x: checkpoint(forward, x, use_reentrant=False)  # type: ignore[method-assign]
+    extents = {record.name: record.plan.extent for record in explain(model).blocks if record.plan}
+    assert extents.get("layer2.1") == ("stage" if owner == "stage" else None) and extents["layer1.0"] == "trunk"
     x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
     for net in (model, twin):
         net(x).square().sum().backward()

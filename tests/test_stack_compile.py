@@ -35,6 +35,12 @@ def frozen() -> nn.Module:
     return eager.BasicBlock(8, 8, norm_layer=ops.FrozenBatchNorm2d)
 
 
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> None:
+    """The classes' forwards are shared, and a function is compiled for a limited number of settings."""
+    torch.compiler.reset()
+
+
 VARIANTS: dict[str, Callable[[], nn.Module]] = {
     "basic": lambda: eager.BasicBlock(8, 8),
     "bottleneck, option B, biased": lambda: eager.Bottleneck(8, 4, 2, projection(8, 16, 2), bias=True),
