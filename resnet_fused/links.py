@@ -99,7 +99,7 @@ def bind(block: nn.Module, site: SiteSpec, engine: str, hand_stride: int = 1) ->
         bn.eps if batch_norm else getattr(bn, "eps", 0.0),  # a frozen one without the attribute adds none
         hand_stride,
         False,
-        synchronise.group_of(bn),
+        synchronise.group_of(bn) if type(bn) is nn.SyncBatchNorm else None,
     )
     params = SiteParams(
         *weight_and_bias(conv),

@@ -32,15 +32,13 @@ if torch.distributed.is_available():
 _ops = torch.ops._c10d_functional
 
 
-def group_of(bn: nn.Module) -> Group | None:
+def group_of(bn: nn.SyncBatchNorm) -> Group | None:
     """The processes over which a batch norm takes its statistics now; None: this process alone.
 
     As stock: without an initialised process group, in a group of one rank and in eval mode a ``SyncBatchNorm`` is a
     ``BatchNorm2d``.
     """
-    if type(bn) is not nn.SyncBatchNorm or not bn.training:
-        return None
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+    if not bn.training or not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return None
     group: Any = bn.process_group or torch.distributed.group.WORLD
     return Group(group.group_name, group.size()) if group.size() > 1 else None

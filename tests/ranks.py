@@ -82,4 +82,5 @@ def joined(outcomes: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 def assert_same_in_float64(got: dict[str, Tensor], ref: dict[str, Tensor]) -> None:
     """Two float64 evaluations of one thing, by the bound of `resnet_fused.probe`, which knows what rounding may do."""
-    assert _first_difference(got, ref) is None
+    difference = _first_difference(got, ref)
+    assert difference is None, difference

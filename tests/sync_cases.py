@@ -59,6 +59,7 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "basic-pad": lambda: eager.BasicBlock(8, 16, 2, eager.PadShortcut(2, 4, 16)),
     "basic-projection": lambda: eager.BasicBlock(8, 12, 2, _projection(8, 12, 2, bias=True)),
     "bottleneck": lambda: eager.Bottleneck(8, 4, 2, _projection(8, 16, 2)),
+    "bottleneck-8": lambda: eager.Bottleneck(8, 8, 1, _projection(8, 8, 1), out_channels=8),
     "grouped": lambda: eager.Bottleneck(8, 8, groups=4, base_width=32, out_channels=8),
     "stem": lambda: eager.Stem(8, 12, 3, 1),
     "written": lambda: Written(8),
@@ -67,7 +68,7 @@ NETS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def _mixed(model: nn.Module) -> None:
+def _some_in_eval(model: nn.Module) -> None:
     """Every other batch norm is in eval mode."""
     for i, module in enumerate(m for m in model.modules() if isinstance(m, nn.SyncBatchNorm | nn.BatchNorm2d)):
         module.train(i % 2 == 0)
@@ -97,7 +98,7 @@ def _eval(model: nn.Module) -> None:
 
 
 STATES: dict[str, Callable[[nn.Module], None]] = {
-    "mixed": _mixed,
+    "some in eval": _some_in_eval,
     "cumulative": _cumulative,
     "untracked": _untracked,
     "frozen weights": _frozen_weights,
@@ -194,6 +195,12 @@ MORE_CASES: dict[str, Case] = {
 }
 
 
+TRITON_CASES: dict[str, Case] = {
+    "triton-bottleneck": Case("bottleneck-8", EMPTY, torch.float32, engine="triton", size=(5, 4)),
+    "triton-basic-min": Case("basic", EMPTY, torch.float32, engine="triton", memory="min", size=(5, 4)),
+}
+
+
 class Collectives(TorchDispatchMode):
     """The names of the collectives that are started in the block, in order."""
 
@@ -238,9 +245,12 @@ def _in_subgroups(rank: int) -> Outcome:
     return step(model, share(case.images(0), UNEVEN, rank), share(case.gradient(0), UNEVEN, rank))
 
 
-def cases_on(rank: int) -> dict[str, Any]:
-    """The cases alone."""
-    return {"cases": {name: case.run(rank) for name, case in CASES.items()}}
+def _mixed(rank: int) -> Outcome:
+    """A step of a block whose first batch norm is synchronised and whose second is not."""
+    case = Case("basic")
+    model = fuse(case.model())
+    model.bn1 = nn.SyncBatchNorm.convert_sync_batchnorm(model.bn1)
+    return step(model, share(case.images(0), UNEVEN, rank), share(case.gradient(0), UNEVEN, rank))
 
 
 def more_cases_on(rank: int) -> dict[str, Any]:
@@ -248,12 +258,22 @@ def more_cases_on(rank: int) -> dict[str, Any]:
     return {"cases": {name: case.run(rank) for name, case in MORE_CASES.items()}}
 
 
+def triton_cases_on(rank: int) -> dict[str, Any]:
+    """The cases of the Triton engine, each launch executed as PTX; and which kernels ran."""
+    from .engine_harness import running
+
+    torch.backends.cudnn.allow_tf32 = False
+    with running("own") as launches:
+        cases = {name: case.run(rank) for name, case in TRITON_CASES.items()}
+    return {"cases": cases, "kernels": {launch.kernel for launch in launches}}
+
+
 def rank_sees(rank: int) -> dict[str, Any]:
     """Everything, in an order that is the same on all ranks."""
-    seen = cases_on(rank)
+    seen: dict[str, Any] = {"cases": {name: case.run(rank) for name, case in CASES.items()}}
     seen["counted"] = {f"{memory} train": _counted(memory, "train") for memory in ("speed", "lean", "min")}
     seen["counted"]["speed eval"] = _counted("speed", "eval")
-    seen["subgroups"] = _in_subgroups(rank)
+    seen["subgroups"], seen["mixed"] = _in_subgroups(rank), _mixed(rank)
     model = Case("basic").fused()
     before = copy.deepcopy(model.state_dict())
     with _error(seen, "one value in all"):

@@ -12,8 +12,20 @@ from resnet_fused import explain, fuse
 from resnet_fused.numerics import assert_law, judge_all
 
 from .harness import LAYOUTS, Outcome, step
-from .ranks import joined, share, together
-from .sync_cases import CASES, DRAWS, MORE_CASES, RANKS, UNEVEN, Case, more_cases_on, rank_sees
+from .ranks import assert_same_in_float64, joined, share, together
+from .sync_cases import (
+    CASES,
+    DRAWS,
+    EMPTY,
+    MORE_CASES,
+    RANKS,
+    TRITON_CASES,
+    UNEVEN,
+    Case,
+    more_cases_on,
+    rank_sees,
+    triton_cases_on,
+)
 
 SITES = 10  # in the stage of `sync_cases`
 
@@ -47,9 +59,13 @@ def _stacked(outcomes: list[Outcome]) -> Outcome:
     return {name: torch.stack([outcome[name] for outcome in outcomes]) for name in outcomes[0]}
 
 
-def _hold_to_law(case: Case, seen: list[list[Outcome]]) -> None:
-    """The ranks' outcomes of every draw, on more draws where the law fails on one; see `harness.hold_to_law`."""
+def hold_together(case: Case, seen: list[list[Outcome]]) -> None:
+    """The ranks' outcomes of every draw; but for float64 by the law, as `harness.hold_to_law` applies it."""
     got = [joined(parts) for parts in zip(*seen, strict=True)]
+    if case.dtype == torch.float64:
+        for draw, outcome in enumerate(got):
+            assert_same_in_float64(outcome, _alone(case, draw)[0])
+        return
     for draws in (1, DRAWS[case.dtype]):
         refs, eager = zip(*(_alone(case, draw) for draw in range(draws)), strict=True)
         expected = _stacked(list(refs))
@@ -61,13 +77,28 @@ def _hold_to_law(case: Case, seen: list[list[Outcome]]) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_ranks_together_are_one_process_on_the_joined_batch(seen, name):
-    _hold_to_law(CASES[name], [one["cases"][name] for one in seen])
+    hold_together(CASES[name], [one["cases"][name] for one in seen])
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", MORE_CASES)
 def test_more_ranks_together_are_one_process_on_the_joined_batch(more_seen, name):
-    _hold_to_law(MORE_CASES[name], [one["cases"][name] for one in more_seen])
+    hold_together(MORE_CASES[name], [one["cases"][name] for one in more_seen])
+
+
+@pytest.mark.full
+def test_the_triton_engines_kernels_take_part(tmp_path):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from resnet_fused.compiling import offline
+
+    if offline.missing_tools():
+        pytest.skip(offline.missing_tools())
+    every = together(triton_cases_on, tmp_path, RANKS)
+    for name, case in TRITON_CASES.items():
+        hold_together(case, [one["cases"][name] for one in every])
+    for rank, images in enumerate(EMPTY):
+        ours = {"_conv_fwd_kernel", "_conv_dgrad_kernel", "_conv_wgrad_kernel"}
+        assert ours <= every[rank]["kernels"] or images == 0
 
 
 def test_each_site_has_one_collective_each_way_in_every_memory_mode(seen):
@@ -85,8 +116,34 @@ def test_eval_mode_has_no_collective(seen):
 def test_a_batch_norm_is_synchronised_in_its_own_group(seen):
     case = Case("bottleneck")
     for members in ((0, 1), (2,)):
-        ref, eager = _alone(case, 0, members)
-        assert_law(joined([seen[rank]["subgroups"] for rank in members]), ref, eager, torch.float64)
+        ref, _ = _alone(case, 0, members)
+        assert_same_in_float64(joined([seen[rank]["subgroups"] for rank in members]), ref)
+
+
+class Apart(nn.BatchNorm2d):
+    """A batch norm that takes the statistics of every rank's rows alone, as one that is not synchronised does."""
+
+    def forward(self, x):
+        """Each part from the same running statistics; ``after`` is what they are on each rank."""
+        before = dict(self.named_buffers())
+        outputs, self.after = [], []
+        for part in x.split(UNEVEN):
+            self._buffers.update({name: value.clone() for name, value in before.items()})
+            outputs.append(super().forward(part))
+            self.after.append(dict(self.named_buffers()))
+        return torch.cat(outputs)
+
+
+def test_a_plain_batch_norm_beside_synchronised_ones_stays_alone(seen):
+    case = Case("basic")
+    model = case.model()
+    model.bn2.__class__ = Apart
+    ref = step(model, case.images(0), case.gradient(0))
+    for rank, one in enumerate(seen):
+        for name, value in model.bn2.after[rank].items():
+            assert_same_in_float64({name: one["mixed"].pop(f"bn2.{name}")}, {name: value.double()})
+            ref.pop(f"bn2.{name}", None)
+    assert_same_in_float64(joined([one["mixed"] for one in seen]), ref)
 
 
 def test_one_value_on_all_ranks_together_is_refused_on_each_and_moves_nothing(seen):
