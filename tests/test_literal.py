@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections import Counter
 from collections.abc import Callable
 
@@ -11,18 +12,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resnet_fused import explain, fuse
+from resnet_fused import explain, fuse, modules
 from resnet_fused.costs import step_costs
+from resnet_fused.eager_blocks import BasicBlock, PlainBlock
+from resnet_fused.infer import infers
 from resnet_fused.numerics import assert_law
-from resnet_fused.recognise import Refusal, recognise
+from resnet_fused.recognise import Refusal, find_chains, recognise
 from resnet_fused.siteplan import site_plans
 from resnet_fused.spec import ChainSpec, ShortcutSpec, SiteSpec
 
 from .harness import hold_to_law, randomise, step
-from .models.source_c import LiteralBottleneckBlock, LiteralBuildingBlock, literal_net
+from .models.source_c import BuildingBlock, LiteralBottleneckBlock, LiteralBuildingBlock, literal_net
 from .test_chain import kept_for_backward
 from .test_equivalence import DTYPES, MEMORY, STATES
 from .test_recognise import Block, found, make
+from .test_siteplan import Seen
 
 
 def _shortcut_first(b: Block, x: Tensor) -> Tensor:
@@ -136,6 +140,17 @@ def test_inference_is_eval_without_gradients() -> None:
     assert torch.equal(out, block(x)) and not out.requires_grad
 
 
+def test_a_norm_after_the_add_has_no_epilogue_to_run_in() -> None:
+    pytest.importorskip("triton", reason="the Triton engine has the epilogues")
+    for block, expected in ((BuildingBlock(4, 4), True), (LiteralBuildingBlock(4, 4), False)):
+        with torch.no_grad():
+            assert infers(fuse(block).eval().as_link(), "triton") == expected
+
+
+def test_a_stage_of_one_literal_block_is_its_wrapper() -> None:
+    assert [name for name, _, _ in find_chains(nn.Sequential(LiteralBuildingBlock(4, 4)))] == ["0"]
+
+
 def test_steps_move_the_same_weights() -> None:
     """Two steps of SGD with weight decay; the shared affine has one gradient, the sum of all uses."""
     nets = {}
@@ -164,6 +179,8 @@ def test_specs() -> None:
     assert spec.paths() == ("conv1", "batch", "conv2", "down", "relu")
     first = found(make(_shortcut_first, skip=nn.Conv2d(4, 4, 1)))
     assert first.shortcut.first and first.uses()[0] == ("bn1", "skip") and first.post == "bn1"
+    own = found(BLOCKS["own-norm-after-the-add"][0]())
+    assert own.post == "late" and own.inner == ("relu",) and not own.shared_norms() and own.is_literal()
     assert not found(Block()).is_literal() and not found(Block()).shortcut.first
 
 
@@ -180,10 +197,6 @@ def test_explain_names_the_shared_norm_and_what_is_never_used() -> None:
 
 
 def test_a_torchvision_block_that_shares_a_norm_is_probed(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
-    from resnet_fused.eager_blocks import BasicBlock
-
     block = BasicBlock(4, 4)
     block.bn2 = block.bn1
     monkeypatch.setattr(sys.modules["resnet_fused.fuse"], "probe", lambda *_: "probed")
@@ -203,6 +216,17 @@ def test_plans_and_costs_of_literal_nets(bottleneck: bool) -> None:
     assert [plans[f"{i}.conv1"].source for i in range(3)] == ["plain", "join", "join"]
     costs = step_costs(net, x.to("meta"))
     assert costs["speed"].moved == costs["lean"].moved and costs["speed"].kept < costs["stock"].kept
+
+
+def test_plans_say_what_the_chain_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a literal block a plain one reads its norm pending, and one whose shortcut runs first reads the whole."""
+    last = make(_shortcut_first, 8, 8, 1, skip=nn.Conv2d(8, 8, 1))
+    stage = fuse(nn.Sequential(LiteralBuildingBlock(8, 8), PlainBlock(8, 8), LiteralBuildingBlock(8, 8), last))
+    seen = Seen(stage, monkeypatch)
+    stage(torch.randn(2, 8, 6, 6))
+    planned = {plan.conv: plan.source for plan in site_plans(stage, torch.empty(2, 8, 6, 6, device="meta"))}
+    assert seen.sources == planned
+    assert [planned[f"{i}.conv1"] for i in range(4)] == ["plain", "pending", "join", "plain"]
 
 
 @pytest.mark.parametrize("name", ["basic", "basic-down", "bottleneck-down"])
@@ -225,7 +249,8 @@ def test_a_hook_on_the_shared_norm_fires_at_every_use() -> None:
     assert calls == calls[:4] * 2
 
 
-def test_a_synchronised_norm_after_the_add_runs_as_it_was_written() -> None:
+def test_a_synchronised_norm_after_the_add_runs_as_it_was_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(modules, "_runs_norm", lambda _: True)  # elsewhere a chain may run one
     block = nn.SyncBatchNorm.convert_sync_batchnorm(fuse(LiteralBuildingBlock(4, 4))).eval()
     with pytest.warns(UserWarning, match="batch is a SyncBatchNorm, which the chain does not run"):
         block(torch.randn(2, 4, 5, 5))
