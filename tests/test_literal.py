@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections import Counter
 from collections.abc import Callable
 
 import pytest
@@ -13,23 +12,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resnet_fused import explain, fuse, modules
-from resnet_fused.costs import step_costs
-from resnet_fused.eager_blocks import BasicBlock, PlainBlock
+from resnet_fused.eager_blocks import BasicBlock
 from resnet_fused.infer import infers
 from resnet_fused.numerics import assert_law
 from resnet_fused.recognise import Refusal, find_chains, recognise
-from resnet_fused.siteplan import site_plans
 from resnet_fused.spec import ChainSpec, ShortcutSpec, SiteSpec
 
 from .harness import hold_to_law, randomise, step
 from .models.source_c import BuildingBlock, LiteralBottleneckBlock, LiteralBuildingBlock, literal_net
-from .test_chain import kept_for_backward
 from .test_equivalence import DTYPES, MEMORY, STATES
 from .test_recognise import Block, found, make
-from .test_siteplan import Seen
 
 
-def _shortcut_first(b: Block, x: Tensor) -> Tensor:
+def shortcut_first(b: Block, x: Tensor) -> Tensor:
     identity = b.bn1(b.skip(x))
     return b.act(b.bn1(b.main(x) + identity))
 
@@ -59,7 +54,7 @@ BLOCKS: dict[str, tuple[Callable[[], nn.Module], int, dict[str, int]]] = {
     "shared-without-norm-after-the-add": (lambda: make(_one_norm, 8, 8), 8, {"bn1": 2, "bn2": 0}),
     "add-in-place": (lambda: make(_in_place, 8, 8), 8, {"bn1": 2, "bn2": 1}),
     "shortcut-first": (
-        lambda: make(_shortcut_first, 8, 12, 2, skip=nn.Conv2d(8, 12, 1, 2)),
+        lambda: make(shortcut_first, 8, 12, 2, skip=nn.Conv2d(8, 12, 1, 2)),
         8,
         {"bn1": 3, "bn2": 1},
     ),
@@ -71,7 +66,7 @@ BLOCKS: dict[str, tuple[Callable[[], nn.Module], int, dict[str, int]]] = {
 }
 
 
-def _block(name: str) -> tuple[nn.Module, Tensor]:
+def block_of(name: str) -> tuple[nn.Module, Tensor]:
     build, channels, _ = BLOCKS[name]
     torch.manual_seed(0)
     return randomise(build()), torch.randn(3, channels, 7, 5)
@@ -80,14 +75,14 @@ def _block(name: str) -> tuple[nn.Module, Tensor]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", BLOCKS)
 def test_block(name: str, dtype: str, device: str) -> None:
-    block, x = _block(name)
+    block, x = block_of(name)
     fused = hold_to_law(block, x, DTYPES[dtype], device=device)
     assert explain(fused).blocks[0].fused
 
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_batches_are_counted_at_every_use(name: str) -> None:
-    block, x = _block(name)
+    block, x = block_of(name)
     moved = fuse(block)
     moved(x)
     moved(x)
@@ -98,7 +93,7 @@ def test_batches_are_counted_at_every_use(name: str) -> None:
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("name", ["basic", "basic-down", "bottleneck-down", "shortcut-first"])
 def test_norm_state(name: str, state: str) -> None:
-    block, x = _block(name)
+    block, x = block_of(name)
     hold_to_law(block, x, torch.float32, prepare=STATES[state])
 
 
@@ -108,6 +103,15 @@ def test_norm_options(training: bool, options: dict[str, bool]) -> None:
     block = LiteralBuildingBlock(8, 12, True)
     block.batch = nn.BatchNorm2d(12, **options)  # type: ignore[arg-type]
     hold_to_law(randomise(block).train(training), torch.randn(2, 8, 7, 5), torch.float32)
+
+
+def test_frozen_batch_norm_for_every_use() -> None:
+    ops = pytest.importorskip("torchvision.ops", reason="FrozenBatchNorm2d is torchvision's")
+    block = LiteralBuildingBlock(8, 12, True)
+    block.batch = ops.FrozenBatchNorm2d(12)
+    for name, value in (("weight", 0.7), ("bias", -0.2), ("running_mean", 0.3), ("running_var", 1.4)):
+        getattr(block.batch, name).copy_(torch.linspace(0.5, 1.5, 12) * value)
+    hold_to_law(block, torch.randn(2, 8, 7, 5), torch.float32)
 
 
 @pytest.mark.parametrize("memory", MEMORY)
@@ -120,20 +124,20 @@ def test_stage(bottleneck: bool, memory: str) -> None:
     assert {record.plan.extent for record in explain(fused).blocks if record.plan} == {"stage"}
 
 
-def test_stage_whose_second_block_runs_its_shortcut_first() -> None:
-    stage = nn.Sequential(LiteralBuildingBlock(8, 8), make(_shortcut_first, 8, 12, 2, skip=nn.Conv2d(8, 12, 1, 2)))
+def test_stage_whose_second_block_runs_itsshortcut_first() -> None:
+    stage = nn.Sequential(LiteralBuildingBlock(8, 8), make(shortcut_first, 8, 12, 2, skip=nn.Conv2d(8, 12, 1, 2)))
     hold_to_law(randomise(stage), torch.randn(2, 8, 7, 5), torch.float32)
 
 
 @pytest.mark.parametrize("name", ["basic", "basic-down", "add-in-place", "own-norm-after-the-add"])
 def test_autocast(name: str) -> None:
     """The dtype of the sum, and so of the norm after it, is the stock one: wide where the add promotes."""
-    block, x = _block(name)
+    block, x = block_of(name)
     hold_to_law(block, x, torch.bfloat16, autocast=True)
 
 
 def test_inference_is_eval_without_gradients() -> None:
-    block, x = _block("basic-down")
+    block, x = block_of("basic-down")
     block = fuse(block).eval()
     with torch.no_grad():
         out = block(x)
@@ -177,23 +181,11 @@ def test_specs() -> None:
     assert spec.norms() == ("batch",) * 4 and spec.shared_norms() == {"batch": 4}
     assert spec.uses() == (("batch", "conv1"), ("batch", "conv2"), ("batch", "down"), ("batch", ""))
     assert spec.paths() == ("conv1", "batch", "conv2", "down", "relu")
-    first = found(make(_shortcut_first, skip=nn.Conv2d(4, 4, 1)))
+    first = found(make(shortcut_first, skip=nn.Conv2d(4, 4, 1)))
     assert first.shortcut.first and first.uses()[0] == ("bn1", "skip") and first.post == "bn1"
     own = found(BLOCKS["own-norm-after-the-add"][0]())
     assert own.post == "late" and own.inner == ("relu",) and not own.shared_norms() and own.is_literal()
     assert not found(Block()).is_literal() and not found(Block()).shortcut.first
-
-
-def test_explain_names_the_shared_norm_and_what_is_never_used() -> None:
-    reasons = [record.reason for record in explain(fuse(literal_net(False))).blocks]
-    unused = "down.weight, down.bias never used: DDP needs find_unused_parameters=True"
-    assert reasons == [
-        f"recognised; batch norm 'batch' is used 3 times: literal mode; {unused}",
-        "recognised; batch norm 'batch' is used 4 times: literal mode",
-        f"recognised; batch norm 'batch' is used 3 times: literal mode; {unused}",
-    ]
-    lean = explain(fuse(BLOCKS["own-norm-after-the-add"][0](), memory="lean")).blocks[0].reason
-    assert lean == "recognised; batch norm 'late' follows the add: literal mode; kept for backward as in \"speed\""
 
 
 def test_a_torchvision_block_that_shares_a_norm_is_probed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,42 +195,8 @@ def test_a_torchvision_block_that_shares_a_norm_is_probed(monkeypatch: pytest.Mo
     assert explain(fuse(block)).blocks[0].reason == "probed"
 
 
-@pytest.mark.parametrize("bottleneck", [False, pytest.param(True, marks=pytest.mark.full)])
-def test_plans_and_costs_of_literal_nets(bottleneck: bool) -> None:
-    """Every convolution that runs has a plan and a row; the norm after the add is counted with the site before it."""
-    net = literal_net(bottleneck)
-    x = torch.randn(2, 16 if bottleneck else 8, 8, 8)
-    convs = ["conv1", "conv2", *(["conv3"] if bottleneck else [])]
-    expected = [f"{i}.{c}" for i in range(3) for c in (*convs, *(["down"] if i == 1 else []))]
-    fused = fuse(copy.deepcopy(net))
-    plans = {plan.conv: plan for plan in site_plans(fused, x.to("meta"))}
-    assert list(plans) == expected == [site.plan.conv for site in explain(fused, x).sites]
-    assert [plans[f"{i}.conv1"].source for i in range(3)] == ["plain", "join", "join"]
-    costs = step_costs(net, x.to("meta"))
-    assert costs["speed"].moved == costs["lean"].moved and costs["speed"].kept < costs["stock"].kept
-
-
-def test_plans_say_what_the_chain_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a literal block a plain one reads its norm pending, and one whose shortcut runs first reads the whole."""
-    last = make(_shortcut_first, 8, 8, 1, skip=nn.Conv2d(8, 8, 1))
-    stage = fuse(nn.Sequential(LiteralBuildingBlock(8, 8), PlainBlock(8, 8), LiteralBuildingBlock(8, 8), last))
-    seen = Seen(stage, monkeypatch)
-    stage(torch.randn(2, 8, 6, 6))
-    planned = {plan.conv: plan.source for plan in site_plans(stage, torch.empty(2, 8, 6, 6, device="meta"))}
-    assert seen.sources == planned
-    assert [planned[f"{i}.conv1"] for i in range(4)] == ["plain", "pending", "join", "plain"]
-
-
-@pytest.mark.parametrize("name", ["basic", "basic-down", "bottleneck-down"])
-def test_less_is_kept_for_the_backward_than_by_the_stock_block(name: str) -> None:
-    block, x = _block(name)
-    # so large that the per-channel vectors are small beside it
-    x = torch.randn(2, x.shape[1], 28, 28).contiguous(memory_format=torch.channels_last)
-    assert kept_for_backward(fuse(copy.deepcopy(block)), x) < kept_for_backward(block, x)
-
-
 def test_a_hook_on_the_shared_norm_fires_at_every_use() -> None:
-    block, x = _block("basic-down")
+    block, x = block_of("basic-down")
     stock, block = copy.deepcopy(block), fuse(block)
     calls: list[tuple[int, ...]] = []
     for model in (stock, block):
@@ -266,7 +224,7 @@ def test_one_value_per_channel_is_refused_as_in_stock() -> None:
 
 @pytest.mark.parametrize("name", ["basic-down", pytest.param("shortcut-first", marks=pytest.mark.full)])
 def test_compiles_without_a_graph_break(name: str) -> None:
-    block, x = _block(name)
+    block, x = block_of(name)
     block, x = fuse(block.double()), x.double()
     want = step(copy.deepcopy(block), x)
     torch._dynamo.reset()
@@ -278,7 +236,7 @@ def test_compiles_without_a_graph_break(name: str) -> None:
 
 
 def test_results_are_bitwise_repeatable() -> None:
-    block, x = _block("basic-down")
+    block, x = block_of("basic-down")
     first, second = (step(copy.deepcopy(fuse(block)), x) for _ in range(2))
     assert all(torch.equal(first[key], second[key]) for key in first)
 
@@ -286,22 +244,3 @@ def test_results_are_bitwise_repeatable() -> None:
 def test_a_convolution_that_is_shared_stays_refused() -> None:
     block = make(lambda b, x: b.act(b.bn1(b.bn1(b.conv1(b.act(b.bn1(b.conv1(x))))) + x)))
     assert recognise(block) == Refusal("convolution 'conv1' is used 2 times in one forward")
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("downsample", [False, True])
-def test_triton_engine(downsample: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Our kernels, their compiled PTX executed: one finalise for every use, one pass of statistics over the sum."""
-    pytest.importorskip("triton", reason="Triton is not installed")
-    from resnet_fused.compiling import offline
-
-    from .engine_harness import running
-
-    if offline.missing_tools():
-        pytest.skip(str(offline.missing_tools()))
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    with running() as launches:
-        block = randomise(LiteralBuildingBlock(8, 8, downsample))
-        hold_to_law(block, torch.randn(2, 8, 6, 5), torch.float32, engine="triton")
-    kernels = Counter(launch.kernel for launch in launches)
-    assert kernels["_bn_finalize_kernel"] == (4 if downsample else 3) and kernels["_bn_stats_kernel"] == 1
