@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 from resnet_fused import explain, fuse
+from resnet_fused.benching.rivals import RivalBlock, replace_norms
 from resnet_fused.costs import step_costs
 from resnet_fused.eager_blocks import PlainBlock
 from resnet_fused.siteplan import site_plans
 
 from .harness import hold_to_law, randomise
-from .models.source_c import LiteralBuildingBlock, literal_net
+from .models.source_c import BuildingBlock, LiteralBuildingBlock, literal_net
 from .test_chain import kept_for_backward
 from .test_literal import BLOCKS, block_of, shortcut_first
 from .test_recognise import make
@@ -85,3 +86,11 @@ def test_triton_engine(downsample: bool, monkeypatch: pytest.MonkeyPatch) -> Non
         hold_to_law(block, torch.randn(2, 8, 6, 5), torch.float32, engine="triton")
     kernels = Counter(launch.kernel for launch in launches)
     assert kernels["_bn_finalize_kernel"] == (4 if downsample else 3) and kernels["_bn_stats_kernel"] == 1
+
+
+def test_rivals_leave_literal_blocks_alone() -> None:
+    """Their blocks have one batch norm for each convolution, and none after the add."""
+    net = replace_norms(nn.Sequential(LiteralBuildingBlock(4, 4), BuildingBlock(4, 4)), lambda bn, _: bn)
+    assert [type(block) for block in net] == [LiteralBuildingBlock, RivalBlock]
+    with pytest.raises(ValueError, match="no block whose batch norms could be replaced"):
+        replace_norms(nn.Sequential(LiteralBuildingBlock(4, 4)), lambda bn, _: bn)
