@@ -150,8 +150,9 @@ def explain(model: nn.Module, x: Tensor | None = None) -> Explanation:
     for name, module in model.named_modules():
         if isinstance(module, FusedTrunk) and (spec := module.__dict__[BINDING].spec) is not None:
             records.append(_fused_record(f"{name}.stem".lstrip("."), "stem", module, spec, "trunk"))
-    records += [_run_record(*found) for found in loose_runs(model)]
-    for name, block, found in find_chains(model):
+    blocks = list(find_chains(model))
+    records += [_run_record(*found) for found in loose_runs(model, [name for name, _, _ in blocks])]
+    for name, block, found in blocks:
         kind = type(block).__name__
         if isinstance(block, FusedBlock) and _sharded(block) and BINDING in block.__dict__:
             found = block.__dict__[BINDING].spec  # cannot be traced again, and was before it was sharded

@@ -27,6 +27,8 @@ from .modules import (
     FusedStage,
     FusedTrunk,
     fused_class,
+    in_order,
+    is_sequence,
     is_swapped,
     stage_names,
 )
@@ -70,7 +72,8 @@ def fuse(model: Model, *, memory: str = "speed", engine: str | None = None) -> M
         if any(base.__name__ == "FSDPModule" for base in type(module).__mro__):
             raise ValueError("fuse: model: already sharded by fully_shard; call fuse first, then fully_shard")
     proven: dict[Any, str | None] = {}
-    for _, block, found in reversed(list(find_chains(model))):  # a shortcut's own blocks before the block around it
+    blocks = list(find_chains(model))
+    for _, block, found in reversed(blocks):  # a shortcut's own blocks before the block around it
         block.__dict__.pop(REFUSAL, None)
         if isinstance(found, Refusal):
             continue
@@ -82,7 +85,7 @@ def fuse(model: Model, *, memory: str = "speed", engine: str | None = None) -> M
         else:
             block.__dict__[REFUSAL] = reason
     _fuse_runs(model, memory, engine)
-    _fuse_nets(model, engine, proven)
+    _fuse_nets(model, [name for name, _, _ in blocks], engine, proven)
     return model
 
 
@@ -179,32 +182,35 @@ def _probe_twin(twin: nn.Module, binding: Binding) -> nn.Module:
 def _fuse_runs(model: nn.Module, memory: str, engine: str | None) -> None:
     """Swap stages (Sequentials with neighbouring fused blocks) and known trunks."""
     for module in list(model.modules()):
-        if isinstance(module, nn.Sequential) and _stock_class(module).forward is nn.Sequential.forward:
-            blocks = [isinstance(m, FusedBlock) for m in module]
-            if any(a and b for a, b in itertools.pairwise(blocks)):
+        if is_sequence(module):
+            if _neighbours(list(in_order(module))):
                 _swap(module, FusedStage, Binding(None, memory, engine))
         elif _is_trunk(module) and any(_holds_block(module, name) for name in stage_names(module)):
             _swap(module, FusedTrunk, _stem_binding(module, memory, engine))
 
 
-def loose_runs(model: nn.Module) -> list[Found]:
+def loose_runs(model: nn.Module, blocks: list[str]) -> list[Found]:
     """`find_runs`, known networks left out: their stems are fused with their stages."""
-    return find_runs(model, _is_trunk)
+    return find_runs(model, blocks, _is_trunk)
 
 
-def _fuse_nets(model: nn.Module, engine: str | None, proven: dict[Any, str | None]) -> None:
+def _fuse_nets(model: nn.Module, blocks: list[str], engine: str | None, proven: dict[Any, str | None]) -> None:
     """Swap networks with loose runs; those of one network share its binding."""
     held: dict[nn.Module, list[RunBinding]] = {}
-    for _, net, found in loose_runs(model):
-        if isinstance(found, Refusal) or isinstance(net, (FusedBlock, FusedStage, FusedTrunk)):
+    for _, net, found in loose_runs(model, blocks):
+        if isinstance(found, Refusal):
             continue
         net.__dict__.pop(REFUSAL, None)
+        if isinstance(net, FusedStage) and _neighbours(net):
+            net.__dict__[REFUSAL] = "its container runs the blocks next to it as one chain"
+            continue
         reason = _prove_run(net, found, engine, proven)
         if reason is None:
             held.setdefault(net, []).append(bind_run(net, found, engine))
         else:
             net.__dict__[REFUSAL] = reason
     for net, runs in held.items():
+        restore(net)
         _swap(net, FusedNet, NetBinding(tuple(runs), engine))
 
 
@@ -227,6 +233,11 @@ def _prove_run(net: nn.Module, spec: ChainSpec, engine: str | None, proven: dict
 def _probe_net(twin: nn.Module, spec: ChainSpec, engine: str | None) -> nn.Module:
     _swap(twin, FusedNet, NetBinding((bind_run(twin, spec, engine),), engine))
     return twin
+
+
+def _neighbours(modules: Any) -> bool:
+    """Whether two blocks follow each other."""
+    return any(a and b for a, b in itertools.pairwise(isinstance(m, FusedBlock) for m in modules))
 
 
 def _holds_block(model: nn.Module, name: str) -> bool:

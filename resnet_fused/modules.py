@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copyreg
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .chain import Link, Run
 from .limits import bypassed, transform
-from .structure import BINDING, Binding, obstacle, stands_alone
+from .structure import BINDING, Binding, hooked_globally, obstacle, stands_alone
 
 NOTICE = "_resnet_fused_notice"
 
@@ -86,7 +86,21 @@ class FusedStage(Fused):
         """As ``nn.Sequential.forward``."""
         if bypassed(x) or transform() is not None:
             return super().forward(x)  # type: ignore[misc]
-        return run_modules(self, x)  # type: ignore[arg-type]
+        return run_modules(in_order(self), x)
+
+
+def is_sequence(module: object) -> bool:
+    """Whether a module calls its children one after another and does nothing else."""
+    return isinstance(module, nn.Sequential) and type(module).forward in (nn.Sequential.forward, FusedStage.forward)
+
+
+def in_order(stage: Any) -> Iterator[nn.Module]:
+    """The modules of a stage, with those of the sequences inside it that nobody watches in their place."""
+    for module in stage:
+        if is_sequence(module) and not stands_alone(module) and not hooked_globally():
+            yield from in_order(module)
+        else:
+            yield module
 
 
 class FusedTrunk(Fused):
@@ -110,10 +124,7 @@ class FusedTrunk(Fused):
             yield from (getattr(self, name) for name in STEM)
         for name in stage_names(self):  # type: ignore[arg-type]
             stage = getattr(self, name)
-            if isinstance(stage, FusedStage) and not stands_alone(stage):  # type: ignore[arg-type]
-                yield from stage  # type: ignore[misc]
-            else:
-                yield stage
+            yield from in_order((stage,))
 
 
 STEM = ("conv1", "bn1", "relu", "maxpool")

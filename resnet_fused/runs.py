@@ -16,7 +16,7 @@ from torch import nn
 from torch.fx import Graph, Node
 
 from .modules import STEM
-from .recognise import Refusal, find_chains, module_obstacle
+from .recognise import Refusal, module_obstacle
 from .spec import ChainSpec, PoolSpec, SiteSpec
 from .steps import step_of
 from .tracing import leaf_kind, record_partly, replicate
@@ -24,19 +24,19 @@ from .tracing import leaf_kind, record_partly, replicate
 Found = tuple[str, nn.Module, "ChainSpec | Refusal"]
 
 
-def find_runs(model: nn.Module, is_trunk: Callable[[nn.Module], bool]) -> list[Found]:
+def find_runs(model: nn.Module, blocks: list[str], is_trunk: Callable[[nn.Module], bool]) -> list[Found]:
     """Every loose run of a model, with the module whose forward calls it; and where a network cannot be traced, why.
 
     Nothing inside a chain, or inside a block that is refused, is part of a run. The outermost module that can be
     traced is looked at first.
 
     Args:
+        blocks: the names of what `find_chains` found.
         is_trunk: whether a module is a known network, whose stem is fused with its stages.
 
     Returns:
         ``(name, module, result)``; paths in a spec are from ``module``, names as in ``model.named_modules()``.
     """
-    blocks = [name for name, _, _ in find_chains(model)]
     modules = [(name, m) for name, m in model.named_modules() if not _within(name, blocks)]
     open_to = {m for _, m in modules if leaf_kind(m) in ("conv", "bn")}
     for _, module in modules:

@@ -19,7 +19,7 @@ from .chain import hand_stride, recomputes
 from .fuse import unfuse
 from .kernels.geometry import Geometry, precision
 from .links import Link, child, conv_padding
-from .modules import FusedBlock, FusedStage, FusedTrunk, stage_names
+from .modules import FusedBlock, FusedStage, FusedTrunk, in_order, stage_names
 from .nets import FusedNet, run_obstacle
 from .spec import SiteSpec
 from .structure import BINDING
@@ -96,7 +96,9 @@ def _runs(model: nn.Module) -> Iterator[tuple[str, list[nn.Module | Link]]]:
                 stages = [getattr(module, name) for name in stage_names(module)]
                 inside.update(id(stage) for stage in stages if not any(part is stage for part in run))
             else:
-                run = list(module.children()) if isinstance(module, FusedStage) else [module]
+                run = list(in_order(module)) if isinstance(module, FusedStage) else [module]
+                nested = [m for m in module.modules() if isinstance(m, FusedStage)]
+                inside.update(id(stage) for stage in nested if not any(part is stage for part in run))
             inside.update(id(part) for part in run if isinstance(part, FusedBlock))
             yield extent, run
 
