@@ -1,6 +1,7 @@
 """Training on several processes: the run of one process, whatever the split; signals, resuming, and a lost rank."""
 
 import dataclasses
+import json
 import os
 import re
 import signal
@@ -31,7 +32,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def seen(folder):
     """What each rank of a gloo group saw of all runs."""
-    harness.start(harness.one_rank, str(folder), [harness.free_port() for _ in range(3)])
+    harness.start(harness.one_rank, str(folder), [harness.free_port() for _ in range(4)])
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
 
 
@@ -138,13 +139,18 @@ def test_a_checkpoint_does_not_say_how_many_ranks_wrote_it(folder, seen, tmp_pat
 
 
 def test_only_rank_0_writes(folder, seen):
-    for name in ("uneven", "two"):
-        assert sorted(file.name for file in (folder / name).iterdir() if "previous" not in file.name) == [
-            "checkpoint.pt",
-            "metrics.jsonl",
-        ]
-        lines = (folder / name / "metrics.jsonl").read_text().splitlines()
-        assert len(lines) == len(set(lines)), "two ranks wrote the same"
+    """The other rank was given a folder of its own."""
+    assert not (folder / "of another rank").exists()
+    written = {file.name for file in (folder / "uneven").iterdir()}
+    assert written == {checkpoint.NAME, checkpoint.PREVIOUS, "metrics.jsonl"}
+
+
+def test_no_ratio_of_speeds_to_a_stand_in(seen, folder):
+    summary = json.loads((folder / "compared" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert summary["event"] == "summary" and summary["speed"] is None and summary["divergence"]
+    assert 0 < summary["kept_for_backward_bytes"][FUSED] <= summary["kept_for_backward_bytes"][STOCK]
+    code, said, _ = seen[0]["compared"]
+    assert code == 0 and "the same in plain PyTorch stands in" in said and "quartiles" not in said
 
 
 def test_an_error_of_one_rank_is_heard_on_all(seen):

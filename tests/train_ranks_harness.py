@@ -34,8 +34,8 @@ RUNS = {
     "one image": dataclasses.replace(WIDE, batch_size=1, iterations=2),
     "own statistics": dataclasses.replace(WIDE, sync_bn=False, iterations=2, compare=False),
 }
-ENDLESS = ("--data", "synthetic", "--image-size", "8", "--batch-size", "9", "--iterations", "100000")
-ENDLESS += ("--checkpoint-every", "5", "--resume", "auto", "--timeout", "100")
+SYNTHETIC = ("--data", "synthetic", "--image-size", "8", "--batch-size", "9")
+ENDLESS = (*SYNTHETIC, "--iterations", "100000", "--checkpoint-every", "5", "--resume", "auto", "--timeout", "100")
 
 
 class Wide(nn.Module):
@@ -61,7 +61,8 @@ def data():
 def train(config, out, group=processes.ALONE, state=None, stop_after=None):
     """A run or a piece of one, and what it came to on this rank."""
     dataset = data()
-    trainer = Trainer(complete(config, dataset) if state is None else config, dataset, Path(out), state, group)
+    out = Path(out) if group.first else Path(out).with_name("of another rank")
+    trainer = Trainer(complete(config, dataset) if state is None else config, dataset, out, state, group)
     stop, progress = Stop(), Progress(config.iterations, stream=io.StringIO())
     if stop_after is not None:
         stop = StopAt(stop_after)
@@ -160,6 +161,8 @@ def one_rank(rank, folder, ports):
     os.environ["MASTER_PORT"] = str(ports[1])
     seen["bad path"] = command("--data", f"folder:{folder}/nowhere", "--out", str(folder / "none"))
     os.environ["MASTER_PORT"] = str(ports[2])
+    seen["compared"] = command(*SYNTHETIC, "--iterations", "8", "--compare", "--out", str(folder / "compared"))
+    os.environ["MASTER_PORT"] = str(ports[3])
     seen["interrupted"] = interrupted(rank, *ENDLESS, "--out", str(folder / "endless"))
     torch.save(seen, folder / f"{rank}.pt")
 

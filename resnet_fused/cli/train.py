@@ -131,6 +131,8 @@ def _train(trainer: Any, ranks: Any) -> int:
 
     say(f"{config.model}: {names}, {config.iterations} iterations of {config.batch_size} images, {where}")
     say(f"data: {trainer.dataset.name} ({trainer.dataset.source})")
+    if trainer.stands_in and len(trainer.lanes) > 1:
+        say("stock: torch's SyncBatchNorm refuses the CPU; the same in plain PyTorch stands in, speeds do not compare")
     try:
         with Stop().listening() as stop, Progress(config.iterations, trainer.iteration, stream) as progress:
             complete = trainer.run(progress, stop)

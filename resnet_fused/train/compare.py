@@ -78,13 +78,14 @@ def _divergence_words(parted: Divergence) -> str:
     return f"largest {parted.largest:.2e} at iteration {parted.at}; {early}{visible}"
 
 
-def summarise(history: History, batch_size: int, kept: dict[str, int]) -> dict[str, Any]:
+def summarise(history: History, batch_size: int, kept: dict[str, int], timed: bool = True) -> dict[str, Any]:
     """The end of a run as plain data: accuracy, images per second, memory, and divergence where compared.
 
     Args:
         history: of the whole run.
         batch_size: images per step.
         kept: bytes kept for backward per lane, for one batch.
+        timed: whether the lanes' seconds can be compared.
     """
     last = history.evaluations[-1] if history.evaluations else {}
     seconds = {name: values[_WARMUP_STEPS:] or values for name, values in history.seconds.items()}
@@ -95,8 +96,8 @@ def summarise(history: History, batch_size: int, kept: dict[str, int]) -> dict[s
         "kept_for_backward_bytes": kept,
     }
     if STOCK in history.lanes:
-        timed = speed(history.seconds[FUSED], history.seconds[STOCK], batch_size)
-        result["speed"] = None if timed is None else dataclasses.asdict(timed)
+        found = speed(history.seconds[FUSED], history.seconds[STOCK], batch_size) if timed else None
+        result["speed"] = None if found is None else dataclasses.asdict(found)
         result["divergence"] = dataclasses.asdict(divergence(history.losses[FUSED], history.losses[STOCK]))
     if YARDSTICK in history.lanes:
         parted = divergence(history.losses[YARDSTICK], history.losses[STOCK])

@@ -165,6 +165,11 @@ class Trainer:
             torch.cuda.set_rng_state_all(saved)
 
     @property
+    def stands_in(self) -> bool:
+        """Whether stock's batch norm is not torch's own, which refuses the CPU: its speed then says nothing."""
+        return self.ranks.size > 1 and self.config.sync_bn and self.config.device == "cpu"
+
+    @property
     def checkpoint(self) -> Path:
         """Where the run's checkpoint is."""
         return self.out / checkpoint.NAME
@@ -234,7 +239,7 @@ class Trainer:
         for lane in self.lanes:
             mine = kept_for_backward(lane.model, lane.place(images), lane.autocast())
             kept[lane.name] = round(self.ranks.total([mine])[0])
-        summary = compare.summarise(self.history, self.config.batch_size, kept)
+        summary = compare.summarise(self.history, self.config.batch_size, kept, not self.stands_in)
         self.metrics.write("summary", self.iteration, **summary)
         lines = compare.describe(summary, self.config.batch_size)
         title = f"{self.config.model} on {self.config.data}, {self.iteration} iterations"
