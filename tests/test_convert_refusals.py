@@ -184,7 +184,9 @@ def test_averaging_shortcuts_are_no_matter_of_names():
         source = timm.create_model("resnet26d").state_dict()
     with pytest.raises(ConversionError, match="torchvision has no shortcut that averages before its 1x1 convolution"):
         convert(source, drop="stem")
-    there = convert(source, drop=("stem", "avgpool"))
+    there, report = convert(source, drop=("stem", "avgpool"), return_report=True)
+    assert any("average pools are left out" in warning for warning in report.warnings)
+    assert not any("average pools" in w for w in convert(source, dst="timm", return_report=True)[1].warnings)
     assert "layer2.0.downsample.0.weight" in there and "layer2.0.downsample.2.weight" not in there
 
 

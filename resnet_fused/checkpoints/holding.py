@@ -45,8 +45,6 @@ def fit(net: Net, target: Format, drop: Sequence[str], counters: bool) -> tuple[
         kept = Net(kept.tensors)
     layout, stem = choose(kept, target)
     homeless = {role for role in kept.tensors if spell(role, target, layout, stem, kept) is None}
-    if not stem_fits(stem, kept):
-        homeless |= {role for role in kept.where("stem") if role.slot[:-1] in ("conv", "norm")}
     if homeless:
         parts = tuple(sorted({_part(role, stem_fits(stem, kept)) for role in homeless}))
         what = ", ".join(f"{_WORDS.get(part, part)} ({part})" for part in parts)

@@ -166,6 +166,8 @@ def _warnings(reading: Reading, net: Net, target: Format) -> list[str]:
             f"{source.name}'s bottlenecks stride in their {source.stride_in} convolution, {target.name}'s in their "
             f"{target.stride_in}; no state dict says which: build the destination to stride as the source does"
         )
+    if reading.net.averages and not net.averages:
+        found.append("the shortcuts' average pools are left out: the destination computes something else")
     if source.channel_order != target.channel_order:
         found.append(
             f"weights published in {source.name} expect {source.channel_order} images, those in {target.name} "
