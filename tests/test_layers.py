@@ -32,7 +32,7 @@ LAYERS = (
     ("nets",),
     ("eager", "tracing", "ambient", "steps", "matching", "register", "recognise", "runs", "probe", "graphs"),
     ("fuse", "blocks", "freeze"),
-    ("analysis", "fold"),
+    ("analysis", "evaluation", "fold"),
     ("counting", "devices", "passes", "siteplan"),
     ("costs",),
     ("remarks", "explain", "resnet", "architectures"),

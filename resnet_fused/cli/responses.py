@@ -89,7 +89,7 @@ def _nets(args: argparse.Namespace) -> list[tuple[str, Any]]:
     from ..train.weights import read_weights
 
     weights: list[Any] = [read_weights(Path(path), _WHAT) for path in args.checkpoint]
-    names = args.model or [found.model for found in weights] or ["cifar-20"]
+    names = args.model or [found.config.get("model", "") for found in weights] or ["cifar-20"]
     if not all(names):
         raise UserError(f"{_WHAT}: a state_dict does not name its model; expected --model")
     names = [net for name in names for net in ([name, _plain_twin(name)] if args.plain else [name])]

@@ -13,12 +13,11 @@ from .errors import UserError
 
 
 class Weights(NamedTuple):
-    """A state_dict and, where a run wrote it, the run's model and data."""
+    """A state_dict and, where a run wrote it, the run's settings (those of `TrainConfig`)."""
 
     path: Path
     state: dict[str, Tensor]
-    model: str = ""
-    data: str = ""
+    config: dict[str, Any]
 
 
 def read_weights(path: Path, what: str) -> Weights:
@@ -39,14 +38,13 @@ def read_weights(path: Path, what: str) -> Weights:
     except Exception as error:  # a damaged file can raise nearly anything from the unpickler
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{what} {path}: damaged, or not a checkpoint ({reason[:120]})") from error
-    model = data = ""
-    if isinstance(found, dict) and found.get("format") == FORMAT:
-        model, data = found["config"]["model"], found["config"]["data"]
+    ours = isinstance(found, dict) and found.get("format") == FORMAT
+    config = found["config"] if ours else {}
     if isinstance(found, dict):
         found = next((found[key] for key in ("state_dict", "model") if isinstance(found.get(key), dict)), found)
     if not isinstance(found, dict) or not found or not all(isinstance(value, Tensor) for value in found.values()):
         raise UserError(f"{what} {path}: expected a run's checkpoint or a state_dict, got {type(found).__name__}")
-    return Weights(file, found, model, data)
+    return Weights(file, found, config)
 
 
 def load_weights(model: nn.Module, weights: Weights, name: str, what: str) -> None:
