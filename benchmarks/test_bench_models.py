@@ -5,17 +5,28 @@ python -m pytest benchmarks/test_bench_models.py --benchmark-quiet --benchmark-j
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
-from benchmarks.conftest import ROWS, line, medians_of
+from benchmarks.cases import OURS
+from benchmarks.conftest import ROWS, Turns, line, medians_of
+from resnet_fused import fold, fuse
 from resnet_fused.benching import report
+from resnet_fused.benching.baselines import BASELINES
+from resnet_fused.benching.contest import Inference
 from resnet_fused.benching.session import Session, Settings
 from resnet_fused.benching.spread import Comparison
+from resnet_fused.checking import check, exercise
+from resnet_fused.train.models import build_model
+
+NAMES = [pytest.param("resnet18", marks=pytest.mark.quick), "resnet50"]
 
 
-@pytest.mark.parametrize("name", [pytest.param("resnet18", marks=pytest.mark.quick), "resnet50"])
+@pytest.mark.parametrize("name", NAMES)
 def test_model(name: str, benchmark: Any, request: pytest.FixtureRequest, baselines: tuple[str, ...]) -> None:
     option = request.config.option
     sizes = {key: getattr(option, key) for key in ("batch", "image", "rounds", "warm_up", "threads")}
@@ -35,3 +46,35 @@ def test_model(name: str, benchmark: Any, request: pytest.FixtureRequest, baseli
             names = {side: report.by_name(result)[pair[side]]["label"] for side in ("ours", "against")}
             found = Comparison(**{key: value for key, value in {**pair, **names}.items() if key != "verdict"})
             request.config.stash[ROWS].append((found.ratio, line(title, found, times, peaks)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_folded(
+    name: str, turns: Turns, benchmark: Any, request: pytest.FixtureRequest, baselines: tuple[str, ...]
+) -> None:
+    """Inference of a folded net beside the fused one, the baselines, and torch.compile with frozen parameters."""
+    option = request.config.option
+    torch.manual_seed(0)
+    stock = build_model(name).eval()
+    shape = (option.batch, 3, option.image, option.image)
+    telling = exercise(copy.deepcopy(stock), 0).eval()
+    proof = check(fold(copy.deepcopy(telling)), telling, shape=(1, *shape[1:]), dtype="fp32")
+    assert proof.passed, f"not timed, because not correct:\n{proof}"
+    torch.compiler.reset()
+    images = torch.randn(shape)
+
+    def step(model: nn.Module, layout: torch.memory_format = torch.channels_last) -> Inference:
+        return Inference(model, images.contiguous(memory_format=layout))
+
+    def own(layout: torch.memory_format = torch.channels_last) -> nn.Module:
+        return copy.deepcopy(stock).to(memory_format=layout)
+
+    steps = {OURS: step(fold(own())), "fused, not folded": step(fuse(own()))}
+    for baseline in (BASELINES[each] for each in baselines):
+        steps[baseline.label] = step(baseline.build(own(baseline.memory_format)), baseline.memory_format)
+    if "compile" in baselines:
+        frozen = own()
+        frozen.compile(options={"freezing": True})
+        steps["compile channels_last, freezing"] = step(frozen)
+    turns(f"{name} folded, inference, {'x'.join(map(str, shape))}", steps)
+    benchmark.extra_info.update(shape=list(shape), dtype="fp32")

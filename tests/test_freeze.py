@@ -354,7 +354,9 @@ def detector(frozen: bool) -> nn.Module:
     backbone = models.detection.backbone_utils.resnet_fpn_backbone(
         backbone_name="resnet18", weights=None, trainable_layers=3
     )
-    return models.detection.FasterRCNN(backbone, num_classes=3, min_size=32, max_size=32)
+    heads = models.detection.faster_rcnn
+    small = {"box_head": heads.TwoMLPHead(256 * 7 * 7, 8), "box_predictor": heads.FastRCNNPredictor(8, 3)}
+    return models.detection.FasterRCNN(backbone, **small, min_size=32, max_size=32)
 
 
 def detection_step(model: nn.Module) -> dict[str, Tensor]:
