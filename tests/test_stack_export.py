@@ -23,7 +23,7 @@ def operators(program: torch.export.ExportedProgram) -> list[str]:
 
 @pytest.mark.parametrize(
     ("strict", "training"),
-    [(False, True), (False, False), (True, False), pytest.param(True, True, marks=pytest.mark.full)],
+    [(False, False), (True, False), *(pytest.param(strict, True, marks=pytest.mark.full) for strict in (False, True))],
 )
 def test_export_is_the_stock_program(strict: bool, training: bool) -> None:
     stock, fused = pair().values()
@@ -76,7 +76,7 @@ def test_script_compiles_the_stock_modules(training: bool) -> None:
     assert not script.state_dict()["0.conv1.weight"].any()
 
 
-@pytest.mark.parametrize("extent", ["stage", "trunk"])
+@pytest.mark.parametrize("extent", ["stage", pytest.param("trunk", marks=pytest.mark.full)])
 def test_onnx(extent: str) -> None:
     for package in ("onnx", "onnxscript"):
         pytest.importorskip(package, reason="torch.onnx.export needs onnx and onnxscript")
