@@ -16,7 +16,7 @@ from . import engines, folded, projected
 from .calls import Source
 from .folded import FOLDED
 from .kernels.launch import is_counting
-from .links import Link, bind, child, plain_projection
+from .links import Link, bind, child, plain_projection, weight_and_bias
 from .reference import pad_residual
 from .site import is_observed
 from .spec import SiteSpec
@@ -30,7 +30,7 @@ def infers(link: Link, engine: str, x: Tensor) -> bool:
     """
     if link.spec.post is not None or link.spec.shortcut.kind == "module" or is_observed():
         return False  # the add of a module's result may promote, or broadcast
-    if not (_is_folded(link, engine) or hasattr(engines.get(engine), "site_infer")):
+    if not (_is_folded(link, engine) or _has_kernels(link, engine)):
         return False
     sites = [site for site in link.spec.site_specs() if site.bn is not None]
     if any(bind(link.block, site, engine)[0].training for site in sites):
@@ -38,9 +38,17 @@ def infers(link: Link, engine: str, x: Tensor) -> bool:
     return not torch.is_grad_enabled() or not (x.requires_grad or _trains(link))
 
 
+def _has_kernels(link: Link, engine: str) -> bool:
+    """Whether the engine runs the block's sites in inference; the CPU's pool applies the batch norm as it loads."""
+    if not hasattr(engines.get(engine), "site_infer"):
+        return False
+    return engine != "cpu" or not (is_counting() or link.spec.pool is not None)
+
+
 def _trains(link: Link) -> bool:
-    modules = [child(link.block, path) for site in link.spec.site_specs() for path in (site.conv, site.bn) if path]
-    return any(parameter.requires_grad for module in modules for parameter in module.parameters())
+    paths = [path for site in link.spec.site_specs() for path in (site.conv, site.bn) if path]
+    tensors = [t for path in paths for t in weight_and_bias(child(link.block, path))]
+    return any(t is not None and t.requires_grad for t in tensors)
 
 
 def _is_folded(link: Link, engine: str) -> bool:

@@ -104,25 +104,23 @@ bool same_shape(const Tensor& a, const Tensor& b) {
 
 } // namespace
 
-Tensor bn_apply(const Tensor& y_any, const Tensor& moments, const OptionalTensor& residual_any,
-                const OptionalTensor& residual_moments, int64_t residual_stride, int64_t channel_offset, bool relu) {
-  const Checker check("bn_apply");
-  check.activation("y", y_any);
-  const int64_t C = y_any.size(1);
-  const ScalarType wide = opmath(y_any.scalar_type());
+// act(z + shortcut) of a dense y into out, which may be y itself: an element is read before it is written.
+static void apply_onto(const Checker& check, const Tensor& out, const Tensor& y, const Tensor& moments,
+                       const OptionalTensor& residual_any, const OptionalTensor& residual_moments,
+                       int64_t residual_stride, int64_t channel_offset, bool relu) {
+  const int64_t C = y.size(1);
+  const ScalarType wide = opmath(y.scalar_type());
   check.table("moments", moments, 5, C, wide);
   bool pad = false;
   if (residual_any.has_value()) {
     check.device("residual", *residual_any);
-    check.dtype("residual", *residual_any, y_any.scalar_type());
-    pad = !residual_moments.has_value() && !same_shape(*residual_any, y_any);
-    pad ? check_padded(check, y_any, *residual_any, residual_stride, channel_offset)
-        : check.like("residual", *residual_any, y_any);
+    check.dtype("residual", *residual_any, y.scalar_type());
+    pad = !residual_moments.has_value() && !same_shape(*residual_any, y);
+    pad ? check_padded(check, y, *residual_any, residual_stride, channel_offset)
+        : check.like("residual", *residual_any, y);
     if (residual_moments.has_value()) check.table("residual_moments", *residual_moments, 5, C, wide);
   }
-  const Tensor y = dense(y_any);
   const OptionalTensor residual = dense(residual_any);
-  const Tensor out = empty_channels_last_like(y);
   Pass pass(y, 0);
   pass.constants.fill_affine(kMean, moments);
   if (residual.has_value() && residual_moments.has_value()) pass.constants.fill_affine(kSecond, *residual_moments);
@@ -137,7 +135,20 @@ Tensor bn_apply(const Tensor& y_any, const Tensor& moments, const OptionalTensor
   } else {
     pass.run(pass.isa.apply);
   }
+}
+
+Tensor bn_apply(const Tensor& y_any, const Tensor& moments, const OptionalTensor& residual,
+                const OptionalTensor& residual_moments, int64_t residual_stride, int64_t channel_offset, bool relu) {
+  const Checker check("bn_apply");
+  check.activation("y", y_any);
+  const Tensor y = dense(y_any);
+  const Tensor out = empty_channels_last_like(y);
+  apply_onto(check, out, y, moments, residual, residual_moments, residual_stride, channel_offset, relu);
   return out;
+}
+
+void bn_apply_in_place(const Tensor& y, const Tensor& moments, const OptionalTensor& residual, bool relu) {
+  apply_onto(Checker("site_infer"), y, y, moments, residual, std::nullopt, 1, 0, relu);
 }
 
 namespace {

@@ -21,6 +21,9 @@ Tensor bn_eval_moments(const Tensor& running_mean, const Tensor& running_var, co
 Tensor bn_apply(const Tensor& y, const Tensor& moments, const OptionalTensor& residual,
                 const OptionalTensor& residual_moments, int64_t residual_stride, int64_t channel_offset, bool relu);
 
+// Of a dense y, in its own memory.
+void bn_apply_in_place(const Tensor& y, const Tensor& moments, const OptionalTensor& residual, bool relu);
+
 Tensor bn_bwd_reduce(const Tensor& dout, const Tensor& y, const Tensor& moments, bool relu);
 
 std::tuple<Tensor, Tensor> bn_bwd_reduce_rebuild(const Tensor& dout, const Tensor& y, const Tensor& moments, bool relu);

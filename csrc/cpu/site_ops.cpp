@@ -56,6 +56,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> site_fwd(
   return {y, moments, carrier, join ? x : nothing(y)};
 }
 
+// With running statistics and nothing to keep: the batch norm, the add and the ReLU in one pass over y, in its memory.
+Tensor site_infer(const Tensor& src, const OptionalTensor& residual, const Tensor& weight,
+                  const OptionalTensor& conv_bias, const OptionalTensor& gamma, const OptionalTensor& beta,
+                  const Tensor& running_mean, const Tensor& running_var, int64_t stride_h, int64_t stride_w,
+                  int64_t padding_h, int64_t padding_w, int64_t dilation_h, int64_t dilation_w, int64_t groups,
+                  double eps, bool relu) {
+  const Checker check("site_infer");
+  const Convolution conv{{stride_h, stride_w}, {padding_h, padding_w}, {dilation_h, dilation_w}, groups};
+  conv.check(check, src, weight);
+  const NoGrad no_grad;
+  const Tensor y = conv.forward(src, weight);
+  const Tensor moments =
+      bn_eval_moments(running_mean, running_var, gamma, beta, conv_bias, eps, opmath(y.scalar_type()));
+  bn_apply_in_place(y, moments, residual, relu);
+  return y;
+}
+
 Tensor site_rebuild(const Tensor& src, const OptionalTensor& src_moments, const OptionalTensor& residual,
                     const OptionalTensor& residual_moments, int64_t residual_stride, int64_t channel_offset,
                     bool src_relu, const Tensor& weight, int64_t stride_h, int64_t stride_w, int64_t padding_h,
@@ -168,6 +185,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(resnet_fused, m) {
       "int padding_h, int padding_w, int dilation_h, int dilation_w, int groups, bool training, float? momentum, "
       "float eps) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
+      "site_infer(Tensor src, Tensor? residual, Tensor weight, Tensor? conv_bias, Tensor? gamma, Tensor? beta, "
+      "Tensor running_mean, Tensor running_var, int stride_h, int stride_w, int padding_h, int padding_w, "
+      "int dilation_h, int dilation_w, int groups, float eps, bool relu) -> Tensor");
+  m.def(
       "site_rebuild(Tensor src, Tensor? src_moments, Tensor? residual, Tensor? residual_moments, int residual_stride, "
       "int channel_offset, bool src_relu, Tensor weight, int stride_h, int stride_w, int padding_h, int padding_w, "
       "int dilation_h, int dilation_w, int groups) -> Tensor");
@@ -181,6 +202,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(resnet_fused, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(resnet_fused, CPU, m) {
   m.impl("site_fwd", TORCH_BOX(&site_fwd));
+  m.impl("site_infer", TORCH_BOX(&site_infer));
   m.impl("site_rebuild", TORCH_BOX(&site_rebuild));
   m.impl("site_bwd", TORCH_BOX(&site_bwd));
 }

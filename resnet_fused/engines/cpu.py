@@ -98,6 +98,8 @@ def load() -> str | None:
         globals()[f"_{name}"] = getattr(torch.ops.resnet_fused, name).default
     _register_fakes()
     cpu_site.register()
+    if cpu_site.infers():
+        globals()["site_infer"] = cpu_site.site_infer
     return None
 
 

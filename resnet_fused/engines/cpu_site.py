@@ -8,6 +8,7 @@ words.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
@@ -21,6 +22,7 @@ from . import library
 
 # Each op's overload, bound once by `register`; None without it.
 _site_fwd: Callable[..., Any] | None = None
+_site_infer: Callable[..., Any] | None = None
 _site_rebuild: Callable[..., Any] | None = None
 _site_bwd: Callable[..., Any] | None = None
 
@@ -40,6 +42,26 @@ def site_forward(engine: ModuleType, call: SiteCall, source: Source, params: Sit
             return library.site_forward(engine, call, source, params)
         return SiteOutputs(y, made, x if join else None, None, carrier)
     return library.site_forward(engine, call, source, params)
+
+
+def site_infer(call: SiteCall, x: Tensor, params: SiteParams, residual: Tensor | None, relu: bool) -> Tensor:
+    """``act(bn(conv(x)) + residual)`` with running statistics, in one pass over the convolution's output, in place.
+
+    Args:
+        x: ``(N, C, H, W)`` channels_last.  residual: ``(N, K, P, Q)`` in the dtype of ``x``.
+
+    Equivalent to: `library.site_conv`, then `reference.bn_apply` with `library.eval_moments`.
+    """
+    assert _site_infer is not None
+    _, stride, padding, dilation, groups, _, _, _, eps, _, _ = call
+    try:
+        return _site_infer(
+            x, residual, *params[:6], *stride, *padding, *dilation, groups, eps, relu
+        )  # fmt: skip
+    except RuntimeError:
+        engine = sys.modules["resnet_fused.engines.cpu"]
+        y = library.site_conv(engine, call, x, params.weight)
+        return engine.bn_apply(y, library.eval_moments(engine, call, params, y.dtype), residual, None, 1, 0, relu)
 
 
 def site_rebuild(engine: ModuleType, call: SiteCall, source: Source, weight: Tensor) -> Tensor:
@@ -92,11 +114,19 @@ def site_backward(
     )
 
 
+def infers() -> bool:
+    """Whether the loaded library runs a site in inference."""
+    return hasattr(torch.ops.resnet_fused, "site_infer")
+
+
 def register() -> None:
     """Bind the ops' overloads and register their fakes, where the loaded library has them."""
     if not hasattr(torch.ops.resnet_fused, "site_fwd"):
         return
-    for name, fake in (("site_fwd", _fake_fwd), ("site_rebuild", _fake_rebuild), ("site_bwd", _fake_bwd)):
+    fakes: dict[str, Callable[..., Any]] = {"site_fwd": _fake_fwd, "site_rebuild": _fake_rebuild, "site_bwd": _fake_bwd}
+    if infers():
+        fakes["site_infer"] = _fake_infer
+    for name, fake in fakes.items():
         torch.library.register_fake(f"resnet_fused::{name}", fake)
         globals()[f"_{name}"] = getattr(torch.ops.resnet_fused, name).default
 
@@ -131,6 +161,10 @@ def _fake_fwd(
     wide, k = opmath(y.dtype), y.shape[1]
     x = _channels_last(src, *src.shape) if join else y.new_empty(0)
     return y, y.new_empty((5, k), dtype=wide), y.new_empty((2, k), dtype=wide), x
+
+
+def _fake_infer(*arguments: Any) -> Tensor:
+    return _convolved(arguments[0], arguments[2], *arguments[8:14])
 
 
 def _fake_rebuild(*arguments: Any) -> Tensor:
