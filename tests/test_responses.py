@@ -47,11 +47,14 @@ def make(name: str) -> tuple[nn.Module, Tensor]:
 def measured(model: nn.Module, batches: list[Tensor], amp: torch.dtype | None = None) -> dict[str, Tensor]:
     """The standard deviation of every batch norm's output over all batches, by hooks on a copy of the model."""
     model, seen = copy.deepcopy(model), {}
+
+    def keep(name: str, out: Tensor) -> None:
+        # A copy in any case: the ReLU that follows works in place.
+        seen.setdefault(name, []).append(out.detach().to(torch.float64, copy=True).flatten())
+
     for name, module in model.named_modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.register_forward_hook(
-                lambda _, __, out, name=name: seen.setdefault(name, []).append(out.detach().double().flatten())
-            )
+            module.register_forward_hook(lambda _, __, out, name=name: keep(name, out))
     with torch.autocast("cpu", amp or torch.bfloat16, enabled=amp is not None):
         for x in batches:
             model(x)

@@ -55,7 +55,7 @@ class SiteIndex:
     def find(self, weight: Tensor) -> Site | None:
         """The site, or None for another model's."""
         site = self._known.get(id(weight))
-        if site is not None and weight_and_bias(site.conv)[0] is weight:
+        if site is not None and site.conv._parameters.get("weight") is weight:
             return site
         for site in self.sites:
             if weight_and_bias(site.conv)[0] is weight:
