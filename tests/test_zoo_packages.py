@@ -156,7 +156,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Tensor, set[str], dict[str, str]
 }
 
 
-QUICK = {"timm-18", "timm-s", "timm-se", "timm-drop-path", "hf-basic", "mmcv", "detectron2", "akamaster"}
+QUICK = {"timm-s", "timm-se", "timm-drop-path", "mmcv", "detectron2", "akamaster"}
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.full) for n in CASES])
@@ -183,13 +183,11 @@ def test_drop_path_draws_as_it_did() -> None:
     (ref, after), (got, fused_after) = results
     torch.testing.assert_close(got, ref)
     assert torch.equal(after, fused_after)
-    net.layer2[0].drop_path.drop_prob = 0.0
-    del net.layer2[0].drop_path  # none, as timm has it at rate 0
     net.layer2[0].drop_path = nn.Identity()
     assert all(record.fused for record in explain(fuse(net)).blocks)
 
 
-@pytest.mark.parametrize("kind", ["basic", "bottleneck"])
+@pytest.mark.parametrize("kind", ["basic", pytest.param("bottleneck", marks=pytest.mark.full)])
 def test_hidden_states_are_the_same(kind: str) -> None:
     net = randomise(hf_net(kind).net)
     ref = copy.deepcopy(net)(X, output_hidden_states=True)
