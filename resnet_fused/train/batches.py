@@ -118,8 +118,15 @@ class Batches:
             images = crop_and_flip(images, padding, self.dataset.flippable, draws, part, total)
         return self._normalise(images), self.dataset.train_labels[chosen]
 
-    def test(self) -> Iterator[tuple[Tensor, Tensor] | None]:
-        """The test images in order, in batches; None stands for a batch of another rank's."""
-        batches = zip(self.dataset.test_images.split(_EVAL_BATCH), self.dataset.test_labels.split(_EVAL_BATCH))
-        for number, (images, labels) in enumerate(batches):
-            yield (self._normalise(images), labels) if number % self.ranks.size == self.ranks.rank else None
+    @property
+    def test_count(self) -> int:
+        """Batches of test images, of all ranks together: rank r has every size-th of them from the r-th on."""
+        return len(self.dataset.test_labels.split(_EVAL_BATCH))
+
+    def test(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The test images in order; on several ranks the batches that are this one's."""
+        for number, (images, labels) in enumerate(
+            zip(self.dataset.test_images.split(_EVAL_BATCH), self.dataset.test_labels.split(_EVAL_BATCH))
+        ):
+            if number % self.ranks.size == self.ranks.rank:
+                yield self._normalise(images), labels

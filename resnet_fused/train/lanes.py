@@ -115,21 +115,17 @@ class Lane:
         """
         if not self._shares_statistics:
             self.ranks.copy_buffers(self.model)
-        results: list[float] = []
+        corrects, losses = [0.0] * batches.test_count, [0.0] * batches.test_count
+        mine = range(self.ranks.rank, batches.test_count, self.ranks.size)
         self.model.eval()
         with torch.inference_mode(), self.autocast():
-            for batch in batches.test():
-                if batch is None:
-                    results += [0.0, 0.0]
-                    continue
-                images, labels = batch
+            for number, (images, labels) in zip(mine, batches.test(), strict=True):
                 logits, labels = self.model(self.place(images)).float(), labels.to(self.device)
-                results.append((logits.argmax(1) == labels).sum().item())
-                results.append(F.cross_entropy(logits, labels, reduction="sum").item())
+                corrects[number] = (logits.argmax(1) == labels).sum().item()
+                losses[number] = F.cross_entropy(logits, labels, reduction="sum").item()
         self.model.train()
-        results = self.ranks.total(results)
         right = total = 0.0
-        for correct, loss in zip(results[::2], results[1::2]):
+        for correct, loss in zip(self.ranks.total(corrects), self.ranks.total(losses)):
             right += correct
             total += loss
         count = max(1, len(batches.dataset.test_labels))
