@@ -123,7 +123,7 @@ def test_evaluation_does_not_depend_on_the_number_of_ranks(seen, folder, name):
     dataset = harness.data()
     trainer = Trainer(harness.TrainConfig.from_dict(state["config"]), dataset, folder / "evaluated", state)
     trainer.close()
-    assert len(list(trainer.batches.test())) > 1
+    assert trainer.batches.test_count == len(list(trainer.batches.test())) > 1
     last = seen[0][name]["evaluations"][-1]
     for lane in trainer.lanes:
         assert lane.evaluate(trainer.batches) == (last["accuracy"][lane.name], last["loss"][lane.name])
@@ -240,6 +240,19 @@ def test_a_killed_rank_ends_the_others_and_the_checkpoint_is_whole(seen, folder,
     state = checkpoint.load(out)
     assert state["iteration"] > reached and state["iteration"] % 5 == 0
     assert harness.go_on(out, tmp_path, stop_after=1)["iteration"] == state["iteration"] + 1
+
+
+def test_resume_auto_goes_on_with_the_settings_of_the_run_only(seen, folder):
+    same_run = (*harness.ENDLESS, "--out", str(folder / "endless"))
+    for flags, words in [
+        (["--batch-size", "8", "--lr", "0.5"], "it does not go with --batch-size, --lr"),
+        (["--epochs", "1"], "it does not go with --epochs"),
+        (["--data", "digits"], "it does not go with --data"),
+    ]:
+        code, _, said = harness.command(*same_run, *flags)
+        assert code == UserError.exit_code and words in said
+    code, _, said = harness.command("--resume", "auto")
+    assert code == UserError.exit_code and "--resume auto: expected --out too" in said
 
 
 @pytest.mark.full
