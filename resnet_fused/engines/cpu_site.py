@@ -53,11 +53,9 @@ def site_infer(call: SiteCall, x: Tensor, params: SiteParams, residual: Tensor |
     Equivalent to: `library.site_conv`, then `reference.bn_apply` with `library.eval_moments`.
     """
     assert _site_infer is not None
-    _, stride, padding, dilation, groups, _, _, _, eps, _, _ = call
+    geometry = (*call.stride, *call.padding, *call.dilation, call.groups)
     try:
-        return _site_infer(
-            x, residual, *params[:6], *stride, *padding, *dilation, groups, eps, relu
-        )  # fmt: skip
+        return _site_infer(x, residual, *params[:6], *geometry, call.eps, relu)
     except RuntimeError:
         engine = sys.modules["resnet_fused.engines.cpu"]
         y = library.site_conv(engine, call, x, params.weight)
