@@ -3,19 +3,16 @@
 A run of blocks keeps the activation between two of them *pending* where it may: the next block's first
 site then applies batch norm, shortcut and ReLU itself and hands out the result for its own skip (a
 join). The extent of a chain is a block, a stage (the blocks of an ``nn.Sequential``) or a trunk.
-Inside a run memory is channels_last; the layout the caller would have got is restored at the end.
 """
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from . import engines
 from .calls import NO_SKIP, SiteCall, SiteParams, Skip, handed
 from .closed import ClosedSiteFunction
-from .infer import infer_link, infers
-from .links import Link, bind, child, conv_padding, is_frozen_norm, module_shortcut, plain_projection, weight_and_bias
+from .links import Link, bind, child, conv_padding, module_shortcut, plain_projection
 from .nodes import CloseFunction, NodeCall, Pending, PoolFunction, SiteFunction
 from .postnorm import PostNormFunction
 from .recompute import RecomputeFunction
@@ -25,7 +22,7 @@ _POINTWISE = (1, 1)
 _STEPPING = ("triton",)  # engines whose kernels load a view that steps over pixels
 
 
-def _apply_site(
+def apply_site(
     state: Tensor | Pending, call: SiteCall, params: SiteParams, join: bool
 ) -> tuple[Pending, Tensor | None]:
     """One site node; ``join`` says that the activation is wanted too, for the block's shortcut."""
@@ -90,7 +87,7 @@ def _residual(link: Link, engine: str, x: Tensor, step: int = 1) -> tuple[Tensor
         return plain_projection(link, site, x, engine), None, None
     call, params = bind(link.block, site, engine)
     call = call._replace(projection=True, stride=call.stride if step == 1 else (1, 1))
-    branch, _ = _apply_site(x, call, params, False)
+    branch, _ = apply_site(x, call, params, False)
     return branch.y, branch.moments, branch.carrier
 
 
@@ -115,12 +112,10 @@ def _closes(link: Link) -> bool:
     if spec.shortcut.first or spec.shortcut.kind == "module":
         return False
     shortcut = spec.shortcut.site
-    if shortcut is None:
-        return True
-    return shortcut.bn is not None and child(link.block, shortcut.bn) is not child(link.block, spec.sites[-1].bn or "")
+    return shortcut is None or (shortcut.bn is not None and not _shares_norm(link))
 
 
-def _run_link(
+def run_link(
     link: Link, engine: str, state: Tensor | Pending, original: Tensor | None, last: bool = False
 ) -> Tensor | Pending:
     """One block, a node per site. ``original``: the shortcut's input, where autocast's cast made another.
@@ -133,9 +128,9 @@ def _run_link(
     stride = 1 if original is not None or branch is not None else hand_stride(link, engine)
     first, *others = spec.sites
     call, params = bind(link.block, first, engine, stride)
-    state, x = _apply_site(state, call, params, spec.shortcut.kind != "none" and branch is None)
+    state, x = apply_site(state, call, params, spec.shortcut.kind != "none" and branch is None)
     for site in others[:-1] if closing else others:
-        state, _ = _apply_site(state, *bind(link.block, site, engine), False)
+        state, _ = apply_site(state, *bind(link.block, site, engine), False)
     if closing:
         return _run_closed(link, engine, state, x, stride)
     if spec.pool is not None:
@@ -171,13 +166,22 @@ def recomputes(link: Link) -> bool:
     """
     if link.memory == "speed" or link.spec.pool is not None or link.spec.is_literal():
         return False
-    if link.spec.shortcut.kind == "module":
+    if link.spec.shortcut.kind == "module" or _shares_norm(link):
         return False
     last = child(link.block, link.spec.sites[-1].conv)
     return link.memory == "min" or (len(link.spec.sites) > 1 and last.kernel_size == _POINTWISE)
 
 
-def _run_recomputing(link: Link, engine: str, x: Tensor) -> Tensor:
+def _shares_norm(link: Link) -> bool:
+    """Whether the projection's batch norm is one of the main path's too, perhaps since `fuse`."""
+    site = link.spec.shortcut.site
+    if site is None or site.bn is None:
+        return False
+    own = child(link.block, site.bn)
+    return any(child(link.block, other.bn or "") is own for other in link.spec.sites)
+
+
+def run_recomputing(link: Link, engine: str, x: Tensor) -> Tensor:
     """One block in memory mode "lean" (its last site rebuilt) or "min" (all of it); ends materialised."""
     spec, shortcut = link.spec, link.spec.shortcut
     bound = [bind(link.block, site, engine) for site in spec.sites]
@@ -187,7 +191,7 @@ def _run_recomputing(link: Link, engine: str, x: Tensor) -> Tensor:
     if link.memory == "lean":
         first = len(bound) - 1
         for i, (call, params) in enumerate(bound[:first]):
-            state, passed = _apply_site(state, call, params, i == 0)
+            state, passed = apply_site(state, call, params, i == 0)
             kept = passed if i == 0 else kept
     projection: SiteCall | None = None
     residual: tuple[Tensor | None, ...] = (None, None, None)
@@ -206,117 +210,3 @@ def _run_recomputing(link: Link, engine: str, x: Tensor) -> Tensor:
     calls = tuple(call for call, _ in bound[first:])
     node = NodeCall(kind, source_relu, Skip(), calls, projection, _skip(link), relu)
     return RecomputeFunction.apply(node, *source, *residual, *flat)
-
-
-def _autocasts(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype the convolutions run in: autocast's, where autocast would cast."""
-    device = x.device.type
-    if x.dtype != torch.float64 and _autocasts(device):
-        return torch.get_autocast_dtype(device)
-    return x.dtype
-
-
-def _mixes(state: Tensor | Pending) -> bool:
-    """Whether a shortcut's module returned another dtype than the chain's, which a join does not take."""
-    if isinstance(state, Tensor) or state.residual is None:
-        return False
-    return state.residual_moments is None and state.residual.dtype != state.y.dtype
-
-
-def _wants_gradient(state: Pending) -> bool:
-    return state.y.requires_grad or (state.residual is not None and state.residual.requires_grad)
-
-
-def _promotes(link: Link, x: Tensor) -> bool:
-    """Whether a frozen batch norm, which is arithmetic on its buffers, may give another dtype than the chain's."""
-    for site in link.spec.site_specs():
-        norm = child(link.block, site.bn) if site.bn else None
-        if norm is None or type(norm) is nn.BatchNorm2d:
-            continue
-        if is_frozen_norm(norm) and norm.weight.dtype != compute_dtype(x):
-            return True
-    return False
-
-
-def is_channels_last(t: Tensor) -> bool:
-    """Whether a tensor is laid out in channels_last and not, as one of one channel may be, in both formats."""
-    return t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
-
-
-class Run:
-    """A chain being executed: feeds links and ordinary modules, and closes at the end."""
-
-    def __init__(self, x: Tensor) -> None:
-        self._state: Tensor | Pending = x
-        self._entering = True
-        self._engine = ""
-        self._channels_last = False
-        self._promote = False
-        self._bound: float | None = None  # on the size of the state's elements
-
-    def takes(self, link: Link) -> bool:
-        """Whether the block may run fused on this input; what stock modules reject is left to them."""
-        conv = child(link.block, link.spec.sites[0].conv)
-        x, weight = self._state, weight_and_bias(conv)[0]
-        if isinstance(x, Pending):
-            x = x.y
-        if x.dim() != 4 or x.shape[1] != conv.in_channels or x.device != weight.device:
-            return False
-        if not x.is_floating_point():
-            return False
-        wide = torch.float64 in (x.dtype, weight.dtype)
-        if x.dtype != weight.dtype and (wide or not _autocasts(x.device.type)):
-            return False
-        return not _promotes(link, x)
-
-    def feed(self, link: Link, last: bool = False) -> None:
-        """Run one block on the current state; ``last`` where nothing will follow."""
-        original: Tensor | None = None
-        if link.spec.shortcut.first:
-            self._materialised()
-        if isinstance(self._state, Pending) and torch.is_grad_enabled() and not _wants_gradient(self._state):
-            self._materialised()  # the end of what is frozen: a join would keep its raw output for no backward
-        if isinstance(self._state, Tensor):
-            original = self._enter(link, self._state)
-        bound, self._bound = self._bound, None
-        if original is None and isinstance(self._state, Tensor) and infers(link, self._engine, self._state):
-            self._state, self._bound = infer_link(link, self._engine, self._state, bound)
-        elif recomputes(link) and original is None:
-            self._state = _run_recomputing(link, self._engine, self._materialised())
-        else:
-            self._state = _run_link(link, self._engine, self._state, original, last)
-        self._promote = not link.spec.inplace_add
-        if original is not None or _mixes(self._state):
-            self._materialised()
-
-    def feed_module(self, module: nn.Module) -> None:
-        """Run a module that is not a link, on what the caller's own code would have given it."""
-        self._state = module(self.finish())
-        self._bound = None
-        self._entering = True
-
-    def finish(self) -> Tensor:
-        """The output, in the layout the stock modules return."""
-        out = self._materialised()
-        return out if self._channels_last or self._entering else out.contiguous()
-
-    def _enter(self, link: Link, x: Tensor) -> Tensor | None:
-        """Bring a tensor into the chain's dtype and layout; returns it as it was if an add must promote."""
-        laid = is_channels_last(x)
-        if self._entering:
-            self._channels_last = laid or is_channels_last(child(link.block, link.spec.sites[0].conv).weight)
-            self._entering = False
-        dtype = compute_dtype(x)
-        self._engine = engines.select(x.device, dtype, link.engine)
-        if not laid or dtype != x.dtype:
-            self._state = x.to(dtype, memory_format=torch.channels_last)
-        keeps = not link.spec.inplace_add or link.spec.shortcut.kind == "module"
-        return x if x.dtype != dtype and keeps else None
-
-    def _materialised(self) -> Tensor:
-        self._state = close(self._state, self._engine, self._promote)
-        return self._state

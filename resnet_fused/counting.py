@@ -27,8 +27,8 @@ from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from .chain import Link
 from .kernels.launch import LaunchRecord, attribute, nbytes, owner, recording, storage_of
+from .links import Link
 from .modules import run_modules, stage_names
 from .structure import BINDING
 

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from . import engines
 from .calls import SiteCall, SiteParams
-from .chain import Run, _apply_site
+from .chain import apply_site
 from .limits import recomputing
 from .links import Link, child, conv_padding, weight_and_bias
 from .nodes import Pending, PoolFunction
+from .running import Run
 from .spec import ChainSpec, PoolSpec
 
 _RELUS = (F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_)
@@ -49,7 +50,7 @@ class SiteRun(Run):
         engine = engines.get(run._engine)
         keeps = call.training or torch.is_grad_enabled() or not isinstance(run._state, Tensor)
         if keeps or not hasattr(engine, "site_infer"):
-            run._state, _ = _apply_site(run._state, call, params, False)
+            run._state, _ = apply_site(run._state, call, params, False)
         else:
             run._state = engine.site_infer(call, run._state, params, None, call.relu)
         return run

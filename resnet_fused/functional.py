@@ -13,8 +13,9 @@ from torch import Tensor
 
 from . import engines
 from .calls import NO_SKIP, SiteCall, SiteParams, Skip
-from .chain import close, compute_dtype, is_channels_last
+from .chain import close
 from .nodes import NodeCall, Pending, SiteFunction
+from .running import compute_dtype, is_channels_last
 
 IntPair = int | tuple[int, int]
 

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .chain import Link, Run
 from .limits import bypassed, transform
+from .links import Link
+from .running import Run
 from .structure import BINDING, Binding, hooked_globally, obstacle, stands_alone
 
 NOTICE = "_resnet_fused_notice"

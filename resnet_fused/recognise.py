@@ -116,7 +116,8 @@ def _signature(node: torch.fx.Node) -> tuple[object, ...]:
 def _stands_apart(module: nn.Module, spec: ChainSpec, branch: str, graph: torch.fx.Graph) -> bool:
     """Whether a branch is the shortcut, called once, and shares no module with the main path."""
     inside = set(module.get_submodule(branch).modules())
-    main = {module.get_submodule(path) for site in spec.sites for path in (site.conv, site.bn) if path}
+    paths = (spec.post, *(path for site in spec.sites for path in (site.conv, site.bn)))
+    main = {module.get_submodule(path) for path in paths if path}
     return spec.shortcut.path == branch and not inside & main and sum(n.target == branch for n in graph.nodes) == 1
 
 

@@ -27,6 +27,7 @@ LAYERS = (
     ("folded",),
     ("infer", "structure"),
     ("chain",),
+    ("running",),
     ("deferred",),
     ("modules", "eager_blocks", "functional"),
     ("nets",),
