@@ -18,7 +18,7 @@ from resnet_fused.modules import Fused, FusedBlock
 
 from .harness import LAYOUTS, Outcome, step
 from .ranks import share
-from .sync_cases import Case
+from .sync_cases import Case, traces_chains
 
 RANKS = 2
 BATCHES, SIZE = (2, 1), (13, 12)
@@ -109,6 +109,7 @@ SYNCHRONISED = {
     "synchronised channels_last": Wrapped(synchronised=True, layout="channels_last", fuse_after=True),
     "synchronised static_graph": Wrapped((("static_graph", True),), synchronised=True),
 }
+FULLGRAPH = Case("basic", BATCHES, compiled=True)
 
 
 @contextlib.contextmanager
@@ -190,5 +191,7 @@ def rank_sees(rank: int) -> dict[str, Any]:
             seen["fused"][name] = way.run(rank, True)
         if not way.synchronised:  # stock refuses a CPU
             seen["stock"][name] = way.run(rank, False)
+    if traces_chains():
+        seen["fullgraph"] = FULLGRAPH.run(rank)
     seen["events"], seen["average"] = _events(rank), _average(rank)
     return seen

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from .ddp_cases import RANKS, SYNCHRONISED, WAYS, Wrapped, descend, rank_sees
+from .ddp_cases import FULLGRAPH, RANKS, SYNCHRONISED, WAYS, Wrapped, descend, rank_sees
 from .harness import Outcome, step
 from .ranks import assert_same_in_float64, joined, together
+from .tune_harness import need_a_traced_chain
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +48,12 @@ def test_synchronised_ranks_are_one_process_on_the_joined_batch(seen, name):
     for i, parts in enumerate(zip(*(one["fused"][name] for one in seen), strict=True)):
         got = joined([{key.removeprefix("module."): value for key, value in part.items()} for part in parts])
         assert_same_in_float64(got, expected[i])
+
+
+def test_synchronised_ranks_are_compiled_as_one_graph(seen):
+    need_a_traced_chain()
+    (got,) = zip(*(one["fullgraph"] for one in seen), strict=True)
+    assert_same_in_float64(joined(got), step(FULLGRAPH.model(), FULLGRAPH.images(0), FULLGRAPH.gradient(0)))
 
 
 def test_no_gradient_comes_in_other_strides_than_its_bucket(seen):

@@ -15,7 +15,6 @@ from .harness import LAYOUTS, Outcome, step
 from .ranks import assert_same_in_float64, joined, share, together
 from .sync_cases import (
     CASES,
-    DRAWS,
     EMPTY,
     MORE_CASES,
     RANKS,
@@ -26,6 +25,7 @@ from .sync_cases import (
     rank_sees,
     triton_cases_on,
 )
+from .tune_harness import need_a_traced_chain
 
 SITES = 10  # in the stage of `sync_cases`
 
@@ -42,7 +42,7 @@ def more_seen(tmp_path_factory):
     return together(more_cases_on, tmp_path_factory.mktemp("more"), RANKS)
 
 
-def _alone(case: Case, draw: int, batches: tuple[int, ...] | None = None) -> tuple[Outcome, list[Outcome]]:
+def alone(case: Case, draw: int, batches: tuple[int, ...] | None = None) -> tuple[Outcome, list[Outcome]]:
     """One process with plain batch norms on the joined batch: in float64, and eager in both layouts."""
     x, dout = case.images(draw), case.gradient(draw)
     if batches is not None:
@@ -64,10 +64,10 @@ def hold_together(case: Case, seen: list[list[Outcome]]) -> None:
     got = [joined(parts) for parts in zip(*seen, strict=True)]
     if case.dtype == torch.float64:
         for draw, outcome in enumerate(got):
-            assert_same_in_float64(outcome, _alone(case, draw)[0])
+            assert_same_in_float64(outcome, alone(case, draw)[0])
         return
-    for draws in (1, DRAWS[case.dtype]):
-        refs, eager = zip(*(_alone(case, draw) for draw in range(draws)), strict=True)
+    for draws in (1, case.draws):
+        refs, eager = zip(*(alone(case, draw) for draw in range(draws)), strict=True)
         expected = _stacked(list(refs))
         both = [_stacked(list(runs)) for runs in zip(*eager, strict=True)]
         if all(verdict.passed for verdict in judge_all(_stacked(got[:draws]), expected, both, case.dtype)):
@@ -83,6 +83,8 @@ def test_the_ranks_together_are_one_process_on_the_joined_batch(seen, name):
 @pytest.mark.full
 @pytest.mark.parametrize("name", MORE_CASES)
 def test_more_ranks_together_are_one_process_on_the_joined_batch(more_seen, name):
+    if MORE_CASES[name].compiled:
+        need_a_traced_chain()
     hold_together(MORE_CASES[name], [one["cases"][name] for one in more_seen])
 
 
@@ -116,7 +118,7 @@ def test_eval_mode_has_no_collective(seen):
 def test_a_batch_norm_is_synchronised_in_its_own_group(seen):
     case = Case("bottleneck")
     for members in ((0, 1), (2,)):
-        ref, _ = _alone(case, 0, members)
+        ref, _ = alone(case, 0, members)
         assert_same_in_float64(joined([seen[rank]["subgroups"] for rank in members]), ref)
 
 
