@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from . import synchronise
+from .folded import FOLDED
 from .links import child
 from .register import registration
 from .spec import ChainSpec
@@ -28,6 +29,8 @@ def remarks(block: Any, spec: ChainSpec, memory: str, origin: str | None = None)
     dead = [name for name, owner in owners if owner not in used and not f"{owner}.".startswith(branch)]
     if dead and origin is None:
         found.append(f"{', '.join(dead)} never used: DDP needs find_unused_parameters=True")
+    if FOLDED in block.__dict__:
+        found.append("folded for inference")
     norms = synchronise.describe([child(block, path) for path in spec.norms()])
     if norms is not None:
         found.append(norms)

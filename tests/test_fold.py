@@ -90,6 +90,7 @@ def test_way_back_is_exact(fused: bool) -> None:
     with torch.no_grad():
         model(X)
     assert [*model.state_dict()] == [*values]
+    assert all("folded for inference" in record.reason for record in explain(model).blocks if record.kind != "stem")
     assert fold(model) is model
     assert unfold(model) is model and state() == before
     assert all(torch.equal(v, values[k]) for k, v in model.state_dict().items())

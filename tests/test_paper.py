@@ -19,6 +19,7 @@ from resnet_fused.train.batches import Batches
 from resnet_fused.train.models import build_model
 from resnet_fused.train.prepare import prepared
 from resnet_fused.train.progress import Progress
+from resnet_fused.train.ranks import Ranks
 from resnet_fused.train.recipes import RECIPES, Schedule
 
 from .harness import hold_to_law, randomise
@@ -237,3 +238,5 @@ def test_imagenet_batches(dataset) -> None:
     assert images.shape == (4, 3, 8, 8) and labels.shape == (4,) and torch.equal(images, again)
     plain, _ = Batches(dataset, 4, 0, True, 3, True).train(3)
     assert not torch.equal(images, plain)
+    parts = [Batches(whole, 4, 0, True, 3, True, Ranks(rank, 3)).train(3)[0] for rank in range(3)]
+    assert torch.equal(torch.cat(parts), images)  # what is drawn does not depend on the number of ranks

@@ -101,6 +101,14 @@ def test_resume_refuses_other_data(tmp_path, dataset):
         Trainer(TrainConfig.from_dict(state["config"]), other, tmp_path, state)
 
 
+def test_settings_of_other_versions():
+    """An older checkpoint lacks what came later; what is not known is refused by name."""
+    old = {k: v for k, v in TrainConfig(seed=3).to_dict().items() if k not in ("validation", "sync_bn")}
+    assert TrainConfig.from_dict(old) == TrainConfig(seed=3)
+    with pytest.raises(UserError, match="this version does not know: colour"):
+        TrainConfig.from_dict({**old, "colour": "red"})
+
+
 def test_a_stock_model_loads_the_checkpoint(tmp_path, dataset):
     trainer, _ = train(SMALL_RUN, dataset, tmp_path)
     saved = torch.load(tmp_path / checkpoint.NAME, weights_only=True)["model"]

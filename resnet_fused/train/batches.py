@@ -111,7 +111,7 @@ class Batches:
         if self.augment and self.dataset.scales is not None:
             draws = _generator(self.seed, 1, iteration)
             scales, flip = self.dataset.scales, self.dataset.flippable
-            images = scale_crop_and_flip(images, scales, flip, self._components, draws)
+            images = scale_crop_and_flip(images, scales, flip, self._components, draws, part, total)
         elif self.augment:
             padding = max(1, round(images.shape[-1] / _PADDING_SHARE))
             draws = _generator(self.seed, 1, iteration)

@@ -50,13 +50,14 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
-        """The inverse of `to_dict`.
+        """The inverse of `to_dict`; a setting that an earlier version had not is left at its default.
 
         Raises:
-            UserError: ``values`` has other fields than a run of this version.
+            UserError: ``values`` has a field that this version does not know.
         """
-        names = {field.name for field in dataclasses.fields(cls)}
-        if set(values) != names:
-            different = ", ".join(sorted(set(values) ^ names))
-            raise UserError(f"train: --resume: the checkpoint's settings do not fit this version (fields: {different})")
+        unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
+        if unknown:
+            raise UserError(
+                f"train: --resume: the checkpoint has settings that this version does not know: {', '.join(unknown)}"
+            )
         return cls(**values)
