@@ -51,7 +51,7 @@ def is_frozen_norm(module: nn.Module | None) -> bool:
     torchvision's ``FrozenBatchNorm2d`` is, and other projects' classes of that name are. The structure says nothing
     of the forward: a block with a class that is not torchvision's is proven by the probe before it is fused.
     """
-    if module is None or module._parameters or module._modules:
+    if module is None or isinstance(module, torch.jit.ScriptModule) or module._parameters or module._modules:
         return False
     buffers = module._buffers
     if set(buffers) - {"num_batches_tracked"} != _FROZEN_BUFFERS:

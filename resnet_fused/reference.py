@@ -85,13 +85,17 @@ def bn_stats(y: Tensor) -> Tensor:
 
 
 def merge_partials(partials: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Merge ``(T, 3, C)`` partials in order by Chan's formula into ``(count, mean, M2)``, each ``(C,)``."""
+    """Merge ``(T, 3, C)`` partials in order by Chan's formula into ``(count, mean, M2)``, each ``(C,)``.
+
+    An infinite mean stays infinite beside finite ones, as in a sum.
+    """
     count, mean, m2 = partials[0]
     for n, m, s in partials[1:]:
         total = count + n
         share = torch.where(total > 0, n / total.clamp(min=1), 0.0)
         delta = m - mean
-        mean, m2 = mean + delta * share, m2 + s + delta.square() * count * share
+        mean = torch.where(delta.isfinite(), mean + delta * share, mean + m)
+        m2 = m2 + s + delta.square() * count * share
         count = total
     return count, mean, m2
 

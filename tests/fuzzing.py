@@ -21,12 +21,23 @@ from resnet_fused.modules import Fused
 from resnet_fused.numerics import judge_all
 from resnet_fused.probe import PROBE_TOLERANCE
 from tests.harness import LAYOUTS, draw, randomise, step
-from tests.models import source_a, source_d
+from tests.models import source_a, source_c, source_d
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "autocast": torch.bfloat16}
 NORMS = ("train", "eval", "frozen", "cumulative", "untracked", "no affine", "zero gamma", "no gamma gradient")
-SHORTCUTS = ("identity", "projection", "bare projection", "pad", "pad symmetric")
-KINDS = ("basic", "bottleneck", "plain", "conv", "stem", "a basic", "a bottleneck", "d basic", "d bottleneck")
+SHORTCUTS = ("identity", "projection", "bare projection", "pad", "pad symmetric", "average pool")
+KINDS = (
+    "basic",
+    "bottleneck",
+    "plain",
+    "conv",
+    "stem",
+    "a basic",
+    "a bottleneck",
+    "d basic",
+    "d bottleneck",
+    "literal",
+)
 INPUTS = 6  # that a tensor must break the law on, to be called wrong
 VALUES = ("normal", "positive", "huge mean", "zeros", "one nan", "one inf")
 
@@ -120,6 +131,8 @@ def _width(case: Case) -> int:
     """Output channels of the case's first block."""
     if case.kind in ("bottleneck", "d bottleneck"):
         return 4 * _groups(case, case.k)
+    if case.kind == "literal" and case.stride == 1:
+        return case.c
     return case.k
 
 
@@ -141,6 +154,9 @@ def _block(case: Case, c: int, k: int, stride: int) -> nn.Module:
         return source_d.ResidualBlockType1(c, k, stride)
     if case.kind == "d bottleneck":
         return source_d.ResidualBlockType2(c, _groups(case, k), stride)
+    if case.kind == "literal":
+        width = k if stride > 1 else c
+        return source_c.LiteralBuildingBlock(c, width, downsample=stride > 1)
     if case.kind == "plain":
         return eager.PlainBlock(c, k, stride, bias=case.bias)
     if case.kind == "basic":
@@ -165,6 +181,9 @@ def _shortcut(case: Case, c: int, k: int, stride: int) -> nn.Module | None:
         return None
     if case.shortcut.startswith("pad") and c <= k:
         return eager.PadShortcut(stride, (k - c) // 2 if case.shortcut == "pad symmetric" else 0, k)
+    if case.shortcut == "average pool":
+        pool = nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False)
+        return nn.Sequential(pool, nn.Conv2d(c, k, 1, bias=case.bias), nn.BatchNorm2d(k))
     conv = nn.Conv2d(c, k, 1, stride, bias=case.bias)
     return nn.Sequential(conv) if case.shortcut == "bare projection" else nn.Sequential(conv, nn.BatchNorm2d(k))
 

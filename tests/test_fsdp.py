@@ -72,7 +72,7 @@ def test_sharded_blocks_are_fused_by_themselves_and_explain_says_so(seen):
     assert explained["kinds"] == [True, True]
     assert explained["reasons"] == [
         (True, "known network"),
-        *[(True, "hook on the block: it is called by itself")] * 3,
+        *[(True, "called by itself: hooked, wrapped or compiled alone")] * 3,
     ]
 
 

@@ -9,7 +9,7 @@ import pytest
 
 hypothesis = pytest.importorskip("hypothesis", reason="the fuzzer needs hypothesis")
 
-from hypothesis import HealthCheck, given, note, settings  # noqa: E402
+from hypothesis import HealthCheck, example, given, note, settings  # noqa: E402
 
 from tests.fuzzing import Case, cases, verify  # noqa: E402
 
@@ -23,6 +23,7 @@ def _check(case: Case) -> None:
 
 @settings(max_examples=200, **COMMON)
 @given(cases())
+@example(Case(k=16, n=3, h=5, w=9, values="one inf", layout="nchw", dtype="bf16"))  # an Inf in one of two tiles
 def test_two_hundred_random_blocks(case: Case) -> None:
     _check(case)
 

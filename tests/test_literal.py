@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resnet_fused import explain, fuse, modules
+from resnet_fused import explain, fuse, structure
 from resnet_fused.eager_blocks import BasicBlock
 from resnet_fused.infer import infers
 from resnet_fused.numerics import assert_law
@@ -148,7 +148,7 @@ def test_a_norm_after_the_add_has_no_epilogue_to_run_in() -> None:
     pytest.importorskip("triton", reason="the Triton engine has the epilogues")
     for block, expected in ((BuildingBlock(4, 4), True), (LiteralBuildingBlock(4, 4), False)):
         with torch.no_grad():
-            assert infers(fuse(block).eval().as_link(), "triton") == expected
+            assert infers(fuse(block).eval().as_link(), "triton", torch.ones(1, 4, 5, 5)) == expected
 
 
 def test_a_stage_of_one_literal_block_is_its_wrapper() -> None:
@@ -208,7 +208,7 @@ def test_a_hook_on_the_shared_norm_fires_at_every_use() -> None:
 
 
 def test_a_synchronised_norm_after_the_add_runs_as_it_was_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(modules, "_runs_norm", lambda _: True)  # elsewhere a chain may run one
+    monkeypatch.setattr(structure, "_runs_norm", lambda _: True)  # elsewhere a chain may run one
     block = nn.SyncBatchNorm.convert_sync_batchnorm(fuse(LiteralBuildingBlock(4, 4))).eval()
     with pytest.warns(UserWarning, match="batch is a SyncBatchNorm, which the chain does not run"):
         block(torch.randn(2, 4, 5, 5))

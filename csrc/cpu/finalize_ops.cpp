@@ -97,7 +97,8 @@ void finalize(const Tensor& partials, const Affine& affine, const std::optional<
     for (int64_t t = 1; t < parts; ++t) {
       const double n = in.get(3 * t, c), total = count + n, share = total > 0 ? n / std::max(total, 1.0) : 0;
       const double delta = in.get(3 * t + 1, c) - mean;
-      mean += delta * share;
+      // an infinite mean stays infinite beside finite ones, as in a sum
+      mean = std::isfinite(delta) ? mean + delta * share : mean + in.get(3 * t + 1, c);
       m2 += in.get(3 * t + 2, c) + delta * (delta * (count * share));
       count = total;
     }
