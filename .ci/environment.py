@@ -135,8 +135,10 @@ def install_extras(python: Path, extras: tuple[str, ...], lost: dict[str, str]) 
     with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as constraints:
         constraints.write(f"{constraint}\n")
         constraints.flush()
-        if wanted:
-            pip(python, "install", "--quiet", "--constraint", constraints.name, *wanted)
+        command = ("install", "--quiet", "--retries", "1", "--constraint", constraints.name)
+        if wanted and not pip(python, *command, *wanted):
+            for requirement in wanted:  # one that cannot be had must not cost the others
+                pip(python, *command, requirement)
     for name in missing:
         if not has(python, name):
             say(f"{name} could not be installed: {lost[name]}")

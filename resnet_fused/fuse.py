@@ -252,7 +252,7 @@ def _is_trunk(module: nn.Module) -> bool:
     torchvision = sys.modules.get("torchvision.models.resnet")
     if torchvision is not None:
         known.append(torchvision.ResNet)
-    if isinstance(module, FusedTrunk) or {"forward", "_forward_impl"} & set(module.__dict__):
+    if isinstance(module, FusedTrunk) or "_forward_impl" in module.__dict__:
         return isinstance(module, FusedTrunk)
     cls: Any = type(module)
     return any(

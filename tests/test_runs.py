@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from resnet_fused import explain, fuse, unfuse
-from resnet_fused.modules import FusedStage
 from resnet_fused.nets import FusedNet
 from resnet_fused.nodes import PoolFunction, SiteFunction
 from resnet_fused.spec import PoolSpec
@@ -263,6 +262,17 @@ def test_a_checkpointed_stem_runs_as_written() -> None:
     same_step(fused, net)
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpointed_network_counts_its_batch_once(reentrant: bool) -> None:
+    net = make(_statement_relu)
+    fused = fuse(copy.deepcopy(net))
+    expected = same_step(copy.deepcopy(fused), net)
+    out = checkpoint(fused, X.clone().requires_grad_(), use_reentrant=reentrant)
+    out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out))
+    for name, buffer in fused.named_buffers():
+        assert torch.equal(buffer, expected[name].to(buffer.dtype)), name
+
+
 REFUSED: dict[str, tuple[Any, dict[str, nn.Module], str]] = {
     "data": (lambda n, x: n.relu(n.bn1(n.conv1(x if x.sum() > 0 else -x))), {}, "data-dependent control flow"),
     "modes": (lambda n, x: n.relu(n.bn1(n.conv1(x))) if n.training else n.conv1(x), {}, "different things in training"),
@@ -323,33 +333,3 @@ def test_explain_names_the_run_and_its_sites() -> None:
     table = explain(fuse(net), X)
     assert {r.name: (r.kind, r.fused) for r in table.blocks} == {"conv1": ("run", True), "block": ("Block", True)}
     assert [site.plan.conv for site in table.sites] == ["conv1", "block.conv1", "block.conv2"]
-
-
-def test_nested_sequences_are_one_chain() -> None:
-    """As in source D: a bare stem, stages within stages, one block in a sequence of its own."""
-    net = nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1),
-        nn.Sequential(nn.Sequential(Block(8, 8)), nn.Sequential(), nn.Sequential(Block(8, 8), Block(8, 8))),
-        nn.Flatten(),
-    )
-    fused = hold_to_law(randomise(net), X, torch.float32)
-    assert isinstance(fused, FusedStage) and isinstance(fused[1], FusedStage) and type(fused[1][0]) is nn.Sequential
-    assert nodes(fused(X)).count("ClosedSiteFunctionBackward") == 0  # the blocks end in the next one's first site
-    assert [site.plan.source for site in explain(fused, X).sites[::2]] == ["plain", "join", "join"]
-    seen: list[str] = []
-    fused[1][2].register_forward_hook(lambda *_: seen.append("stage"))
-    torch.testing.assert_close(fused(X), unfuse(copy.deepcopy(fused))(X))
-    assert seen == ["stage", "stage"]
-    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(X), unfuse(copy.deepcopy(fused))(X))
-
-
-def test_a_sequence_with_a_stem_and_stages() -> None:
-    stem = (nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2))
-    net = nn.Sequential(*stem, nn.Sequential(Block(8, 8), Block(8, 8)), nn.Sequential(Block(8, 8), Block(8, 8)))
-    fused = hold_to_law(randomise(net), X, torch.float32)
-    assert isinstance(fused, FusedNet) and isinstance(fused[4], FusedStage)
-    fused = fuse(nn.Sequential(*stem, Block(8, 8), Block(8, 8)))
-    assert isinstance(fused, FusedStage)
-    (record,) = [r for r in explain(fused).blocks if not r.fused]
-    assert (record.name, record.reason) == ("0", "its container runs the blocks next to it as one chain")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import resnet_fused
 from resnet_fused import fuse
-from resnet_fused.modules import FusedBlock
+from resnet_fused.modules import FusedBlock, FusedTrunk
 from tests.stack_cases import same, state
 
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -96,7 +96,7 @@ def test_accelerate(mixed: str, when: str, accelerate: Any) -> None:
         with resnet_fused.protected_statistics(model, optimizer):
             optimizer.step()
         bare = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
-        assert bare is model and isinstance(bare.layer1[0], FusedBlock) == fused
+        assert bare is model and isinstance(bare.layer1[0], FusedBlock) == isinstance(bare, FusedTrunk) == fused
         assert "forward" not in copy.copy(bare.__dict__) or bare(X).shape == (4, 10)
         found.append(state(bare))
     assert int(found[1]["bn1.num_batches_tracked"]) >= 1
