@@ -37,17 +37,20 @@ def _wide(t: Tensor) -> Tensor:
     return t.detach().to("cpu", t.dtype if t.is_floating_point() else torch.float64, copy=True)
 
 
-def step(model: nn.Module, x: Tensor, dout: Tensor | None = None, autocast: torch.dtype | None = None) -> Outcome:
+def step(
+    model: nn.Module, x: Tensor, dout: Tensor | None = None, autocast: torch.dtype | None = None, seed: int = 1
+) -> Outcome:
     """One forward and backward: the output, the input's and every parameter's gradient, every buffer, on the CPU.
 
-    A parameter without gradient is reported as absent: the name ``none.<parameter>`` stands for it.
+    A parameter without gradient is reported as absent: the name ``none.<parameter>`` stands for it. ``seed`` is of the
+    output's gradient, where ``dout`` does not give it.
     """
     x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
     amp = torch.autocast(x.device.type, autocast) if autocast is not None else contextlib.nullcontext()
     with amp:
         out = model(x)
     if dout is None:
-        dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     out.backward(dout.to(out))
     result = {"output": out.detach().cpu()}
     if x.grad is not None:
@@ -98,7 +101,7 @@ def hold_to_law(
         for i in range(len(draws), sample):
             drawn = x if i == 0 else torch.randn(x.shape, generator=torch.Generator().manual_seed(i))
             draws.append(draw(stock, fused, drawn.to(device, stock_dtype), LAYOUTS[layout], amp, run))
-        got, ref, *eager = (_stack(outcomes) for outcomes in zip(*draws, strict=True))
+        got, ref, *eager = (stack(outcomes) for outcomes in zip(*draws, strict=True))
         if all(verdict.passed for verdict in judge_all(got, ref, eager, dtype)):
             return fused
     assert_law(got, ref, eager, dtype)
@@ -124,6 +127,7 @@ def draw(
     return got, ref, *eager
 
 
-def _stack(outcomes: tuple[Outcome, ...]) -> Outcome:
+def stack(outcomes: tuple[Outcome, ...]) -> Outcome:
+    """Outcomes on several inputs as one, each tensor with a new first dimension."""
     assert all(outcome.keys() == outcomes[0].keys() for outcome in outcomes)
     return {name: torch.stack([outcome[name] for outcome in outcomes]) for name in outcomes[0]}
