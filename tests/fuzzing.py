@@ -5,14 +5,16 @@ A failing case prints as ``Case(...)`` and runs again by ``python -m tests.fuzzi
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from hypothesis import event
+from hypothesis import currently_in_test_context, event, reject
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -83,7 +85,7 @@ def cases() -> st.SearchStrategy[Case]:
     channels = st.sampled_from([8, 16, 3, 1, 5, 17, 24, 33])
     return st.builds(
         Case,
-        kind=st.sampled_from(KINDS),
+        kind=st.sampled_from((*KINDS, "basic", "bottleneck", "basic")),  # the kinds that take every shortcut
         c=channels,
         k=channels,
         stride=st.sampled_from([1, 2, 3]),
@@ -121,12 +123,20 @@ def build(case: Case) -> nn.Module:
         blocks.append(_block(dataclasses.replace(case, shortcut="identity", pool=False), _width(case), case.k, 1))
     model = randomise(nn.Sequential(*blocks) if case.stage else blocks[0], case.seed).train(case.training)
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    ends = {_last_norm(block) for block in blocks} if case.kind != "literal" else set()
     for i, norm in enumerate(norms):
-        _set_state(norm, case.norms[i % len(case.norms)])
+        state = case.norms[i % len(case.norms)]
+        # inside a block it would make constants, whose next batch norm is rounding noise in any program
+        _set_state(norm, "train" if state == "zero gamma" and norm not in ends else state)
     if case.frozen_convs:
         for conv in (m for m in model.modules() if isinstance(m, nn.Conv2d)):
             conv.requires_grad_(False)
     return model
+
+
+def _last_norm(block: nn.Module) -> nn.BatchNorm2d:
+    """The last batch norm of a block's main path; a shortcut's is in a child."""
+    return [m for m in block.children() if isinstance(m, nn.BatchNorm2d)][-1]
 
 
 def _width(case: Case) -> int:
@@ -233,10 +243,13 @@ def verify(case: Case) -> None:
     if case.dtype == "fp64" or not _runs(stock, x):
         _verify_double(case, stock.double(), x)
         return
-    if case.dtype != "fp32" and _has_idle_taps(stock, x):
-        event("a filter's tap never meets the images: the library's 16-bit weight gradient is made up")
+    if case.dtype != "fp32" and _leaves_values_idle(stock, x):
+        if currently_in_test_context():
+            event("drawn again: the library's 16-bit weight gradient is wrong where taps or pixels are idle")
+            reject()
         return
-    _verify_law(case, stock, x)
+    with _one_thread() if case.dtype == "fp32" and _overruns_in_float32(stock) else contextlib.nullcontext():
+        _verify_law(case, stock, x)
 
 
 def _verify_law(case: Case, stock: nn.Module, x: Tensor) -> None:
@@ -281,10 +294,32 @@ def _runs(stock: nn.Module, x: Tensor) -> bool:
     return True
 
 
-def _has_idle_taps(stock: nn.Module, x: Tensor) -> bool:
-    """Whether a row or column of a filter meets nothing but padding, as of a 3x3 at stride 3 on one pixel.
+def _overruns_in_float32(stock: nn.Module) -> bool:
+    """Whether a convolution is one whose float32 weight gradient writes past its memory on more than one thread.
 
-    oneDNN's 16-bit weight gradient reads memory that nobody wrote there, in stock PyTorch and in a fused block alike.
+    That is stock PyTorch's (oneDNN's jit_1x1), for a 1x1 of stride 2 or 3 from fewer than 16 channels in channels_last.
+    On one thread it stays inside, as it does from 16 channels on.
+    """
+    convs = (m for m in stock.modules() if isinstance(m, nn.Conv2d))
+    return any(c.kernel_size == (1, 1) and max(c.stride) > 1 and c.in_channels // c.groups < 16 for c in convs)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _leaves_values_idle(stock: nn.Module, x: Tensor) -> bool:
+    """Whether a convolution has a tap that meets nothing but padding, or steps over pixels that no tap meets.
+
+    oneDNN's 16-bit weight gradient, in stock PyTorch alone, gives made-up numbers in the first case (a 3x3 of stride 3
+    on one pixel) and writes past its memory in the second (a 1x1 of stride 2 from 3 or 8 channels on 14x14 pixels,
+    seen with glibc's heap checks).
     """
     idle: list[bool] = []
 
@@ -293,6 +328,7 @@ def _has_idle_taps(stock: nn.Module, x: Tensor) -> bool:
             inputs[0].shape[2:], conv.kernel_size, conv.stride, conv.padding, conv.dilation, strict=True
         ):
             steps = range((size + 2 * p - d * (k - 1) - 1) // s + 1)
+            idle.append(s > d * (k - 1) + 1)
             idle.append(any(all(not 0 <= q * s + r * d - p < size for q in steps) for r in range(k)))
 
     watched = copy.deepcopy(stock)

@@ -24,6 +24,7 @@ def _check(case: Case) -> None:
 @settings(max_examples=200, **COMMON)
 @given(cases())
 @example(Case(k=16, n=3, h=5, w=9, values="one inf", layout="nchw", dtype="bf16"))  # an Inf in one of two tiles
+@example(Case(shortcut="pad symmetric", c=8, k=17, stride=2, values="positive"))  # an odd number of channels before
 def test_two_hundred_random_blocks(case: Case) -> None:
     _check(case)
 
