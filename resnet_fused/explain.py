@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from . import engines, plan, synchronise
 from .chain import recomputes
+from .engines import cpu_plan
 from .fuse import REFUSAL, loose_runs
 from .links import child
 from .modules import Fused, FusedBlock, FusedStage, FusedTrunk
@@ -23,6 +24,7 @@ from .spec import ChainSpec
 from .structure import BINDING, obstacle, stands_alone
 
 _MB, _GIGA, _MS = 1e6, 1e9, 1e3
+_SOME_PIXELS = 64  # each way: more than the CPU engine runs as one small product
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,18 +266,20 @@ def _run_record(name: str, net: nn.Module, found: ChainSpec | Refusal) -> BlockR
 def _plan(block: nn.Module | Fused, spec: ChainSpec, binding, extent: str) -> BlockPlan:  # type: ignore[no-untyped-def]
     weight = child(block, spec.sites[0].conv).weight  # type: ignore[arg-type]
     engine = engines.select(weight.device, weight.dtype, binding.engine)
-    convs = [child(block, site.conv) for site in spec.site_specs()]  # type: ignore[arg-type]
+    sites = spec.sites if engine == "cpu" else spec.site_specs()  # there the projection ops run the shortcut
+    convs = [child(block, site.conv) for site in sites]  # type: ignore[arg-type]
     return BlockPlan(engine, _variant(convs, engine), binding.memory, extent)
 
 
 def _variant(convs: list[nn.Conv2d], engine: str) -> str:
     """Who runs a block's convolutions, and why where it is not our kernels."""
-    if engine != "triton":
+    if engine not in ("triton", "cpu"):
         return "library convolutions"
+    choose, side = (cpu_plan.variant, _SOME_PIXELS) if engine == "cpu" else (plan.choose, 1)
     reasons = []
     for conv in convs:
-        # The input is not known here, so one pixel stands for it.
-        chosen = plan.choose(shape_of_conv(conv, (1, conv.in_channels, 1, 1), conv.weight.dtype))
+        # The input is not known here, so a few pixels stand for it.
+        chosen = choose(shape_of_conv(conv, (1, conv.in_channels, side, side), conv.weight.dtype))
         if chosen.name == plan.LIBRARY:
             reasons.append(chosen.reason)
     if not reasons:

@@ -1,6 +1,7 @@
 """Which variant of a convolution runs at a site, and why: what was measured on the device, else rules.
 
-    own        our Triton kernels: batch norm, ReLU and join while loading, statistics and masks while storing
+    own        our Triton kernels: batch norm, ReLU and join while loading, statistics and masks while storing; on the
+               CPU our packed matrix products, with the same prologues and epilogues (`engines.cpu_plan`)
     library    the vendor's convolution, with our batch norm kernels around it
     extension  a block's shortcut by the C++/CUDA projection ops
     product    a small convolution of the CPU engine, as one matrix product
@@ -122,6 +123,11 @@ def forced() -> bool:
     return _forced is not None
 
 
+def forced_name() -> str | None:
+    """The variant that `force` asks for, or None."""
+    return _forced
+
+
 def refuse(shape: ConvShape, reason: str) -> None:
     """Remember that our kernels cannot run ``shape`` on this machine: the library serves it from now on."""
     _refused[shape] = reason
@@ -195,14 +201,19 @@ def _measured(shape: ConvShape, engine: str, names: tuple[str, ...]) -> Variant 
     return Variant(str(found.choice), found.words)
 
 
+def decided(shape: ConvShape, engine: str) -> Variant | None:
+    """What is forced or was measured for a site that both variants can run."""
+    if _forced is not None:
+        return Variant(_forced, "forced")
+    return _measured(shape, engine, (OWN, LIBRARY))
+
+
 def choose(shape: ConvShape) -> Variant:
     """The variant of a site's convolution on the Triton engine."""
     if reason := impossible(shape):
         return Variant(LIBRARY, reason)
-    if _forced is not None:
-        return Variant(_forced, "forced")
-    if measured := _measured(shape, "triton", (OWN, LIBRARY)):
-        return measured
+    if chosen := decided(shape, "triton"):
+        return chosen
     if reason := _slow(shape):
         return Variant(LIBRARY, reason)
     return Variant(OWN, "batch norm, ReLU and statistics inside the convolution")
@@ -244,7 +255,7 @@ def prologue(variant: str, source: str, skip: str, owns_every_pixel: bool) -> Va
     if source == "plain":
         return Variant("none", "its input is a finished tensor")
     if variant != OWN:
-        return Variant("materialised", "only our Triton kernels do them while loading")
+        return Variant("materialised", "only our own kernels do them while loading")
     if source == "join" and skip == "pad":
         return Variant("materialised", "a padded shortcut has another shape than the activation")
     if source == "join" and not owns_every_pixel:

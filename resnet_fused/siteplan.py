@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from . import engines, plan, projected, winners
 from .chain import hand_stride, recomputes
+from .engines import cpu_plan
 from .fuse import unfuse
 from .kernels.geometry import Geometry, precision
 from .links import Link, child, conv_padding
@@ -154,7 +155,10 @@ def _plans_of_link(
         weight = torch.empty((shape.k, shape.c // shape.groups, *shape.filter), device="meta")
         x = torch.empty((shape.n, shape.c, shape.h, shape.w), device="meta").to(memory_format=torch.channels_last)
         owns = Geometry.of(x, weight, shape.stride, shape.padding, shape.dilation).owns_every_pixel
-        prologue = plan.prologue(variant.name, source, skip, owns)
+        if engine == "cpu" and source == "join":
+            prologue = plan.Variant("materialised", "on the CPU a join is a pass of its own")
+        else:
+            prologue = plan.prologue(variant.name, source, skip, owns)
         conv = f"{prefix}{site.conv}"
         yield SitePlan(conv, name, shape, engine, variant, source, prologue, link.memory, extent)
 
@@ -182,8 +186,6 @@ def _variant(
             return engine, runs
     if engine == "triton":
         return engine, plan.choose(shape)
-    filters = (shape.k, shape.c, *shape.filter)
-    if shape.groups == 1 and plan.is_small(engine, (shape.n, shape.c, shape.h, shape.w), filters, dtype):
-        return engine, plan.Variant(plan.PRODUCT, "so small that it runs as one matrix product in its site's op")
-    passes = "the C++ engine's" if engine == "cpu" else "PyTorch's"
-    return engine, plan.Variant(plan.LIBRARY, f"on {conv.weight.device.type}, with {passes} passes around it")
+    if engine == "cpu":
+        return engine, cpu_plan.variant(shape)
+    return engine, plan.Variant(plan.LIBRARY, f"on {conv.weight.device.type}, with PyTorch's passes around it")

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from resnet_fused import reference, site
+from resnet_fused import plan, reference, site
 from resnet_fused.calls import SiteCall, SiteGrads, SiteParams, Skip, Source
-from resnet_fused.engines import cpu, cpu_site, library
+from resnet_fused.engines import cpu, cpu_plan, cpu_site, library
 from resnet_fused.numerics import assert_law
 
 REASON = cpu.load() or (None if cpu_site._site_fwd else "the CPU library is older than its site ops: build it again")
@@ -172,7 +172,8 @@ def test_a_small_site_obeys_the_law(name: str, kind: str) -> None:
 @pytest.mark.parametrize("kind", SOURCES)
 @pytest.mark.parametrize("name", LARGE)
 def test_a_large_site_is_the_library_s_bit_for_bit(name: str, kind: str) -> None:
-    ops, same, _ = both(LARGE[name], kind, torch.float32)
+    with plan.force(plan.LIBRARY):
+        ops, same, _ = both(LARGE[name], kind, torch.float32)
     assert [n for n in same if not ops[n].equal(same[n])] == []
 
 
@@ -202,7 +203,7 @@ def forward_arguments(case: Case, kind: str, training: bool = True, batch: int =
     numbers = (*[n for n in (case.stride, case.padding, case.dilation) for _ in range(2)], case.groups)
     tensors = (y, src.moments, src.residual, src.residual_moments)
     described = (skip.stride, skip.channel_offset, src.relu, src.kind == "join")
-    return (*tensors, *described, *params, *numbers, training, 0.1, 1e-5)
+    return (*tensors, *described, *params, *numbers, training, 0.1, 1e-5, cpu_plan.OWN_ALL)
 
 
 def backward_arguments(case: Case, kind: str, *needs: bool) -> tuple[Any, ...]:
@@ -215,7 +216,7 @@ def backward_arguments(case: Case, kind: str, *needs: bool) -> tuple[Any, ...]:
     tensors = (src.y, src.moments, src.residual if projected else None, src.residual_moments)
     return (
         *tensors, src.relu, x, dskip if x is not None else None, *params[:4], made.y, made.moments, g, sums,
-        *numbers, True, True, *needs,
+        *numbers, True, True, *needs, cpu_plan.OWN_ALL,
     )  # fmt: skip
 
 
@@ -246,7 +247,7 @@ def test_opcheck(name: str) -> None:
 
 def test_opcheck_of_the_rebuilding_op() -> None:
     given = forward_arguments(SMALL["3x3"], "projection")
-    arguments = (*given[:7], given[8], *given[15:22])
+    arguments = (*given[:7], given[8], *given[15:22], cpu_plan.OWN_ALL)
     torch.library.opcheck(torch.ops.resnet_fused.site_rebuild.default, arguments)
 
 

@@ -38,7 +38,7 @@ def test_the_stem_computes_no_gradient_of_the_image(explained):
 def test_it_prints_every_site_and_every_reason_once(explained):
     text = str(explained)
     assert all(record.plan.conv in text for record in explained.sites)
-    assert text.count("materialised: only our Triton kernels do them while loading") == 1
+    assert text.count("materialised: on the CPU a join is a pass of its own") == 1
     assert "bound: cpu, measured here" in text and "4x3x32x32" in text and "3x3/2 16->32" in text
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from resnet_fused import eager, freeze_stages, fuse, unfuse
-from resnet_fused.engines import cpu, cpu_site, library
+from resnet_fused.engines import cpu, cpu_plan, cpu_site, library
 
 from .harness import randomise
 from .test_cpu_site import LARGE, SMALL, Case, image, parameters, site_call
@@ -131,18 +131,20 @@ def arguments(case: Case, residual: bool, dtype: torch.dtype = torch.float32) ->
     if residual:
         added = torch.randn_like(library.site_conv(cpu, call, x, params.weight))
     geometry = (*call.stride, *call.padding, *call.dilation, call.groups)
-    return (x, added, *params[:6], *geometry, call.eps, True)
+    return (x, added, *params[:6], *geometry, call.eps, True, cpu_plan.OWN_ALL)
 
 
+@pytest.mark.parametrize("packed", [cpu_plan.OWN_NONE, cpu_plan.OWN_ALL], ids=["library", "packed"])
 @pytest.mark.parametrize("residual", [True, False], ids=["residual", "alone"])
 @pytest.mark.parametrize("case", [*SMALL, *LARGE])
-def test_the_op_is_its_specification(case: str, residual: bool) -> None:
+def test_the_op_is_its_specification(case: str, residual: bool, packed: int) -> None:
     shape = {**SMALL, **LARGE}[case]
-    given = arguments(shape, residual)
+    *given, _ = arguments(shape, residual)
     call = site_call(shape)
-    got = torch.ops.resnet_fused.site_infer(*given)
+    got = torch.ops.resnet_fused.site_infer(*given, packed)
     params = parameters(shape, torch.float32)
-    y = torch.ops.resnet_fused.site_rebuild(given[0], None, None, None, 1, 0, False, params.weight, *given[8:15])
+    rebuilt = (None, None, None, 1, 0, False, params.weight, *given[8:15], packed)
+    y = torch.ops.resnet_fused.site_rebuild(given[0], *rebuilt)
     want = cpu.bn_apply(y, library.eval_moments(cpu, call, params, y.dtype), given[1], None, 1, 0, True)
     assert torch.equal(got, want) and got.stride() == want.stride()
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from resnet_fused import plan, projected, projection, winners
 from resnet_fused.eager_blocks import BasicBlock
-from resnet_fused.engines import cpu_site
+from resnet_fused.engines import cpu_plan, cpu_site
 from resnet_fused.tuning import Timer
 from resnet_fused.tuning.steps import Step
 from resnet_fused.winners import store
@@ -24,15 +24,21 @@ needs_ops = pytest.mark.skipif(CPU is not None, reason=f"the projection ops cann
 
 @pytest.fixture(autouse=True)
 def no_winners(monkeypatch, tmp_path):
-    """An empty table, no file looked for, a folder of our own, and no shortcut so small that the rules keep it."""
+    """An empty table, no file looked for, a folder of our own, and no shortcut so small that the rules keep it.
+
+    On the CPU shortcuts alone are decided: the sites of the main path are the library's.
+    """
+    monkeypatch.setattr(cpu_plan, "impossible", lambda shape: "not raced here")
     monkeypatch.setattr(plan, "_refused", {})
     monkeypatch.setattr(plan, "SMALL_PRODUCT", 0)
     monkeypatch.setattr(store, "_warned", set())
     monkeypatch.setenv(store.VARIABLE, str(tmp_path / "cache"))
     monkeypatch.delenv(winners.SWITCH, raising=False)
     forget()
+    cpu_plan._decide.cache_clear()
     yield
     forget()
+    cpu_plan._decide.cache_clear()
 
 
 def need_a_traced_chain():

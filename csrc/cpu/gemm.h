@@ -17,7 +17,7 @@ constexpr int64_t kStreamedBytes = (kVectorBytes == 64 ? 256 : 64) * 1024;
 constexpr int64_t kPartialBytes = (kVectorBytes == 64 ? 1024 : 256) * 1024;
 constexpr int64_t kMostColumns = 1024;
 constexpr int64_t kMostAligned = 128;
-constexpr int64_t kWholePanels = 126; // rows, of any kPanelRows
+constexpr int64_t kWholePanels = 120; // rows, of any kPanelRows
 static_assert(kWholePanels % kPanelRows == 0 && kWholePanels <= kMostAligned);
 static_assert(kResidentBytes + kStreamedBytes + kPartialBytes + 64 * 1024 <= kWorkspaceBytes, "the host allocates it");
 
@@ -40,34 +40,98 @@ struct Blocks {
   int64_t stop(int64_t start) const { return start + size < end ? start + size : end; }
 };
 
-// `depth` in equal blocks, at least one.
+constexpr int64_t kDepthUnit = 16;
+
+// `depth` in even blocks, at least one.
 struct DepthBlocks {
   int64_t depth, count;
 
   DepthBlocks(int64_t whole, int64_t most) : depth(whole), count(whole > most ? (whole + most - 1) / most : 1) {}
-  int64_t start(int64_t block) const { return depth * block / count; }
-  int64_t most() const { return (depth + count - 1) / count; }
+  // Whole vectors of any type, but for the end.
+  int64_t start(int64_t block) const {
+    return block == count ? depth : depth * block / count / kDepthUnit * kDepthUnit;
+  }
+  int64_t most() const { return count > 1 ? (depth / count + kDepthUnit) / kDepthUnit * kDepthUnit : depth; }
 };
 
 struct Range {
   int64_t begin, end;
 };
 
+// Memory that is read soon, asked for in even pieces while tiles are computed.
+class LookAhead {
+ public:
+  explicit LookAhead(const void* idle) : idle_(static_cast<const char*>(idle)) {}
+
+  void add(const void* at, int64_t bytes) {
+    if (bytes > 0 && count_ < kMost) regions_[count_++] = {static_cast<const char*>(at), bytes};
+  }
+  // Spreads it over `steps` of the depth.
+  void share(int64_t steps) {
+    int64_t bytes = 0;
+    for (int i = 0; i < count_; ++i) bytes += regions_[i].bytes;
+    stride_ = steps > 0 ? (bytes + steps - 1) / steps : 0;
+  }
+  Ahead take(int64_t depth) {
+    for (; next_ < count_; ++next_) {
+      Region& region = regions_[next_];
+      if (region.bytes <= 0) continue;
+      const Ahead own{region.at, stride_};
+      region.at += stride_ * depth;
+      region.bytes -= stride_ * depth;
+      return own;
+    }
+    return {idle_, 0};
+  }
+
+ private:
+  static constexpr int kMost = 20;
+  Region regions_[kMost];
+  int count_ = 0, next_ = 0;
+  int64_t stride_ = 0;
+  const char* idle_;
+};
+
+// A right operand that is packed a block at a time, into the memory that resides: pack(memory, columns, steps).
+template <class T, class Pack>
+struct PackedOnDemand {
+  static constexpr bool kReady = false;
+  const Pack& pack;
+
+  const T* block(T* resident, Range columns, Range steps, bool fresh) const {
+    if (fresh) pack(resident, columns, steps);
+    return resident;
+  }
+};
+
+// One that was packed before, for all tasks: the blocks of the depth one after another, of `columns` columns each.
+template <class T>
+struct PackedBefore {
+  static constexpr bool kReady = true;
+  const T* data;
+  int64_t columns; // whole panels
+
+  const T* block(T*, Range own, Range steps, bool) const {
+    return data + steps.begin * columns + own.begin * (steps.end - steps.begin);
+  }
+};
+
 // store.finish(tile, pitch, row, rows, column, columns) gets each finished tile once, rows in order for a column.
 // Store::kTogether: all columns of a block at once, else a panel of them. Panels do not step over multiples of
-// store.aligned rows, kMostAligned at most. left.ahead(row, rows, depth, part): what to prefetch of the rows to come.
-template <class T, class Left, class PackRight, class Store>
+// store.aligned rows, kMostAligned at most. left.ahead(look, row, rows, first, depth), store.ahead(look, row, rows,
+// column, columns): what to ask memory for meanwhile.
+template <class T, class Left, class Right, class Store>
 struct MultiplyRows {
   const Left& left;
-  const PackRight& pack_right;
+  const Right& right;
   Store& store;
   T* resident;
   T* streamed;
   T* tile;
 
-  MultiplyRows(const Left& l, const PackRight& r, Store& s, void* workspace)
+  MultiplyRows(const Left& l, const Right& r, Store& s, void* workspace)
       : left(l),
-        pack_right(r),
+        right(r),
         store(s),
         resident(static_cast<T*>(workspace)),
         streamed(resident + kResidentBytes / sizeof(T)),
@@ -79,56 +143,60 @@ struct MultiplyRows {
     const int64_t limit = deep.count > 1 ? kPartialBytes / sizeof(T) / kMostAligned : kMostColumns;
     const int64_t most = (across < limit ? across : limit) / kPanelColumns<T> * kPanelColumns<T>;
     const Blocks wide(columns.begin, columns.end, most, kPanelColumns<T>);
-    const int64_t partial_rows = kPartialBytes / sizeof(T) / wide.size / store.aligned * store.aligned;
+    // partial sums are few enough to stay in the caches, unless a block would be packed for too few rows
+    const int64_t fit = kPartialBytes / sizeof(T) / wide.size / store.aligned * store.aligned;
+    const int64_t partial = Right::kReady ? store.aligned : fit;
     for (int64_t c = wide.begin; c < wide.end; c = wide.stop(c)) {
       const Range own{c, wide.stop(c)};
-      const Blocks tall(rows.begin, rows.end, deep.count > 1 ? partial_rows : rows.end - rows.begin, store.aligned);
+      const Blocks tall(rows.begin, rows.end, deep.count > 1 ? partial : rows.end - rows.begin, store.aligned);
       for (int64_t r = tall.begin; r < tall.end; r = tall.stop(r)) {
         for (int64_t block = 0; block < deep.count; ++block) {
           const Range steps{deep.start(block), deep.start(block + 1)};
-          if (r == tall.begin || deep.count > 1) pack_right(resident, own, steps);
-          panels({r, tall.stop(r)}, own, steps, depth);
+          const T* packed = right.block(resident, own, steps, r == tall.begin || deep.count > 1);
+          panels({r, tall.stop(r)}, own, steps, depth, packed);
         }
       }
     }
   }
 
-  void panels(Range rows, Range columns, Range steps, int64_t depth) {
+  void panels(Range rows, Range columns, Range steps, int64_t depth, const T* packed) {
     for (int64_t begin = rows.begin; begin < rows.end;) {
       const int64_t aligned = (begin / store.aligned + 1) * store.aligned;
       const int64_t end = aligned < rows.end ? aligned : rows.end;
       const Panels cut(begin, end, kPanelRows);
-      for (int64_t p = 0; p < cut.count; ++p) panel(rows, cut.start(p), cut.rows(p), columns, steps, depth);
+      for (int64_t p = 0; p < cut.count; ++p) panel(rows, cut.start(p), cut.rows(p), columns, steps, depth, packed);
       begin = end;
     }
   }
 
   // Rows of the streamed panel times the block that resides.
-  void panel(Range all, int64_t row, int rows, Range columns, Range steps, int64_t depth) {
+  void panel(Range all, int64_t row, int rows, Range columns, Range steps, int64_t depth, const T* packed) {
     const bool first = steps.begin == 0, last = steps.end == depth, whole = first && last;
-    const int64_t deep = steps.end - steps.begin;
-    const int64_t padded = (columns.end - columns.begin + kPanelColumns<T> - 1) / kPanelColumns<T> * kPanelColumns<T>;
+    const int64_t deep = steps.end - steps.begin, width = columns.end - columns.begin;
+    const int64_t parts = (width + kPanelColumns<T> - 1) / kPanelColumns<T>, padded = parts * kPanelColumns<T>;
     const int64_t pitch = whole && !Store::kTogether ? kPanelColumns<T> : padded;
     T* at = whole ? tile : tile + (row - all.begin) * padded;
     pack_left_by_rows(left, streamed, row, rows, steps.begin, deep);
-    const T* right = resident;
-    for (int64_t c = columns.begin, part = 0; c < columns.end; c += kPanelColumns<T>, ++part) {
+    LookAhead look(streamed);
+    left.ahead(look, row + rows, rows, steps.begin, deep);
+    if (last) store.ahead(look, row, rows, columns.begin, width);
+    const int64_t calls = calls_of_tile<T>(rows, width);
+    look.share(parts * deep * calls);
+    for (int64_t c = columns.begin; c < columns.end; c += kPanelColumns<T>) {
       T* out = whole && !Store::kTogether ? at : at + (c - columns.begin);
-      Ahead ahead = left.ahead(row + rows, rows, steps.begin, deep, part);
-      if (ahead.at == nullptr && last) ahead = store.ahead(row, rows, columns.end - columns.begin, deep, part);
-      if (ahead.at == nullptr) ahead = {reinterpret_cast<const char*>(streamed), 0};
-      multiply_tile<T, kByRows>(rows, deep, streamed, right, out, pitch, !first, ahead);
-      right += deep * kPanelColumns<T>;
       const int64_t own = columns.end - c < kPanelColumns<T> ? columns.end - c : kPanelColumns<T>;
+      multiply_tile<T, kByRows>(rows, own, deep, streamed, packed, out, pitch, !first, look.take(deep * calls));
+      packed += deep * kPanelColumns<T>;
       if (last && !Store::kTogether) store.finish(out, pitch, row, rows, c, own);
     }
-    if (last && Store::kTogether) store.finish(at, pitch, row, rows, columns.begin, columns.end - columns.begin);
+    if (last && Store::kTogether) store.finish(at, pitch, row, rows, columns.begin, width);
   }
 };
 
 // out (rows, columns) = left^T * right over the steps [steps.begin, steps.end): both sources hold a step in a row.
-// sums, if not null: of the left one's columns over the steps. left.region(row, rows, columns, i), and right's: memory
-// of whole rows of its i-th tensor, to be asked for while the rows before are multiplied.
+// sums, if not null: of the left one's columns over the steps. right.part(i) of right.parts() holds `columns` of the
+// result's columns each. left.region(look, row, rows, columns), and right's: whole rows to ask memory for while the rows
+// before are multiplied.
 template <class T, class Left, class Right>
 struct MultiplyColumns {
   const Left& left;
@@ -136,8 +204,6 @@ struct MultiplyColumns {
   T* resident;
   T* streamed;
   T* tile;
-  Region regions[3] = {};
-  int64_t stride = 0; // bytes of them with each step
 
   MultiplyColumns(const Left& l, const Right& r, void* workspace)
       : left(l),
@@ -146,7 +212,7 @@ struct MultiplyColumns {
         streamed(resident + kResidentBytes / sizeof(T)),
         tile(streamed + kStreamedBytes / sizeof(T)) {}
 
-  void run(T* out, int64_t pitch, Range rows, Range columns, Range steps, double* sums) {
+  void run(T* out, int64_t pitch, Range rows, Range columns, Range steps, double* sums, bool add = false) {
     const int64_t whole = steps.end - steps.begin;
     const DepthBlocks deep(whole, deepest_block<T>(whole));
     const int64_t unit = deep.most() > 0 ? deep.most() : 1;
@@ -159,38 +225,25 @@ struct MultiplyColumns {
       for (int64_t block = 0; block < deep.count; ++block) {
         const int64_t step = steps.begin + deep.start(block), depth = steps.begin + deep.start(block + 1) - step;
         pack_left_by_depth(left, resident, cut, step, depth, sums);
-        look_ahead(cut, columns, {step + depth, step + 2 * depth < steps.end ? step + 2 * depth : steps.end}, depth);
-        for (int64_t c = columns.begin; c < columns.end; c += wide) {
-          const int64_t end = c + wide < columns.end ? c + wide : columns.end;
-          pack_right_by_depth(right, streamed, c, end, step, depth);
-          tiles(out, pitch, cut, {c, end}, depth, block > 0);
+        LookAhead look(resident);
+        const int64_t across = columns.end - columns.begin, next = step + depth;
+        const int64_t more = next + depth < steps.end ? depth : steps.end - next;
+        left.region(look, next, more, cut.length);
+        right.region(look, next, more, across);
+        const int64_t calls = calls_of_tile<T>(kPanelRows, across) * depth;
+        look.share((across + kPanelColumns<T> - 1) / kPanelColumns<T> * right.parts() * cut.count * calls);
+        for (int64_t part = 0; part < right.parts(); ++part) {
+          for (int64_t c = columns.begin; c < columns.end; c += wide) {
+            const int64_t end = c + wide < columns.end ? c + wide : columns.end;
+            pack_right_by_depth(right.part(part), streamed, c, end, step, depth);
+            tiles(out + part * columns.end, pitch, cut, {c, end}, depth, add || block > 0, look);
+          }
         }
       }
     }
   }
 
-  // Shares out the memory of the next block's rows among the tiles of this one.
-  void look_ahead(const Panels& cut, Range columns, Range next, int64_t depth) {
-    const int64_t across = columns.end - columns.begin, rows = next.end - next.begin;
-    for (int i = 0; i < 2; ++i) regions[i] = left.region(next.begin, rows, cut.length, i);
-    regions[2] = right.region(next.begin, rows, across, 0);
-    const int64_t bytes = regions[0].bytes + regions[1].bytes + regions[2].bytes;
-    const int64_t steps = (across + kPanelColumns<T> - 1) / kPanelColumns<T> * cut.count * depth;
-    stride = steps > 0 ? (bytes + steps - 1) / steps : 0;
-  }
-
-  Ahead take_ahead(int64_t depth) {
-    for (Region& region : regions) {
-      if (region.bytes <= 0) continue;
-      const Ahead own{region.at, stride};
-      region.at += stride * depth;
-      region.bytes -= stride * depth;
-      return own;
-    }
-    return {reinterpret_cast<const char*>(resident), 0};
-  }
-
-  void tiles(T* out, int64_t pitch, const Panels& cut, Range columns, int64_t depth, bool add) {
+  void tiles(T* out, int64_t pitch, const Panels& cut, Range columns, int64_t depth, bool add, LookAhead& look) {
     const T* panel = streamed;
     for (int64_t c = columns.begin; c < columns.end; c += kPanelColumns<T>, panel += depth * kPanelColumns<T>) {
       const int64_t own = columns.end - c;
@@ -199,9 +252,11 @@ struct MultiplyColumns {
         const T* block = resident + p * depth * kDepthPitch<T>;
         T* at = out + cut.start(p) * pitch + c;
         if (own >= kPanelColumns<T>) {
-          multiply_tile<T, kByDepth>(count, depth, block, panel, at, pitch, add, take_ahead(depth));
+          const Ahead ahead = look.take(depth * calls_of_tile<T>(count, own));
+          multiply_tile<T, kByDepth>(count, own, depth, block, panel, at, pitch, add, ahead);
         } else {
-          multiply_tile<T, kByDepth>(count, depth, block, panel, tile, kPanelColumns<T>, false, take_ahead(depth));
+          const Ahead ahead = look.take(depth * calls_of_tile<T>(count, own));
+          multiply_tile<T, kByDepth>(count, own, depth, block, panel, tile, kPanelColumns<T>, false, ahead);
           put_part(at, pitch, count, own, add);
         }
       }

@@ -91,7 +91,7 @@ void pack_right_by_depth(const Source& source, T* block, int64_t begin, int64_t 
     const int64_t next = source.offset(row + (d + kRowsAtOnce < depth ? d + kRowsAtOnce : depth - 1));
     T* panel = block + d * kPanelColumns<T>;
     for (int64_t j = begin; j < end; j += kPanelColumns<T>, panel += depth * kPanelColumns<T>) {
-      for (int v = 0; v < kPanelVectors; ++v) {
+      for (int v = 0; v < kPanelVectors && j + v * kLanes<T> < end; ++v) {
         const int64_t column = j + v * kLanes<T>;
         store_vec(panel + v * kLanes<T>, load_within(source, source.column(column), at + column));
         source.prefetch(next + column);

@@ -32,6 +32,12 @@ namespace {
 
 #include "projection_kernels.h"
 
+#include "conv_sources.h"
+
+#include "conv_kernels.h"
+
+#include "winograd.h"
+
 // In the order of DType.
 #define RESNET_FUSED_EACH_DTYPE(kernel) \
   { kernel<float>, kernel<BFloat16>, kernel<Float16>, kernel<double> }
@@ -49,6 +55,16 @@ constexpr Kernels kTable = {
     RESNET_FUSED_EACH_DTYPE(projection_fwd),
     RESNET_FUSED_EACH_DTYPE(projection_dgrad),
     RESNET_FUSED_EACH_DTYPE(projection_wgrad),
+    kPanelColumns<float>,
+    conv_pack<float>,
+    conv_fwd<float>,
+    conv_dgrad<float>,
+    conv_wgrad<float>,
+    kMostDepth<float>,
+    winograd_elements<float>,
+    winograd_pack<float>,
+    winograd_fwd<float>,
+    winograd_dgrad<float>,
 };
 
 } // namespace

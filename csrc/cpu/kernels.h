@@ -89,6 +89,7 @@ struct ProjectionArgs {
   bool has_add_affine = false;
   bool relu = false;
   bool streamed = false;           // result is stored past the caches
+  int64_t tile_rows = 128;         // of a tile of statistics
   // Mean and M2 of one channel of `rows` rows, `pitch` elements apart, one of whose values is not finite.
   void (*plain_moments)(DType, const void*, int64_t rows, int64_t pitch, double* mean, double* m2) = nullptr;
 };
@@ -100,6 +101,10 @@ struct ProjectionTask {
   void* result = nullptr;          // wgrad: (K, C) in opmath, the channels of it are written
   double* sums = nullptr;          // wgrad: `plane` doubles for the sums of dy, or null
   void* workspace = nullptr;       // kWorkspaceBytes, aligned to a cache line
+  void* band = nullptr;            // convolution: memory for the images of a band, and where its points begin there
+  int32_t* offsets = nullptr;
+  void* patches = nullptr;         // Winograd: winograd_elements of opmath
+  bool* unfinished = nullptr;      // set where a result is not finite
 };
 constexpr int64_t kWorkspaceBytes = 1984 * 1024;
 constexpr int64_t kTileRows = 128; // of a tile of statistics
@@ -108,8 +113,45 @@ constexpr int64_t kTileRows = 128; // of a tile of statistics
 enum ProjectionPlane : int { kBias, kOwnMean, kOwnScale, kOwnShift, kAddMean, kAddScale, kAddShift, kEpiloguePlanes };
 enum GradientPlane : int { kFactorG, kFactorY, kMeanY, kConstant, kProloguePlanes };
 
+// How an element of an image is made: as it is, act(z(y)), or dy of grad and y.
+enum ImageKind : int { kRaw, kNormalised, kGradient };
+
+// A convolution of images (batch, in, channels) by filters over a grid (batch, out), one row of the result for each
+// point: its patch begins at point * stride - before. The forward is one; so is dgrad, of the gradient by the mirrored
+// filters, once for each remainder of a position by the stride.
+struct ConvArgs {
+  BnArgs image;                    // y, grad, constants, relu, training
+  int kind = kRaw;
+  int64_t batch = 0;
+  int64_t channels = 0;            // of the images
+  int64_t outputs = 0;             // of the result
+  int64_t in[2] = {1, 1};
+  int64_t out[2] = {1, 1};
+  int64_t filter[2] = {1, 1};
+  int64_t stride[2] = {1, 1};
+  int64_t before[2] = {0, 0};
+  int64_t band = 0;                // points whose images are copied at once; 0: a 1x1, read where they are
+  const void* weight = nullptr;    // (K, taps, C)
+  void* packed = nullptr;          // the filters in panels, whole ones
+  bool is_mirrored = false;        // dgrad
+  int64_t taps[2] = {1, 1};
+  int64_t first_tap[2] = {0, 0};   // dgrad: the filter's position i is tap first_tap - i * tap_step of the weight
+  int64_t tap_step[2] = {1, 1};
+  ProjectionArgs store;            // fwd: what is written and how
+  BnArgs back;                     // dgrad: skip, out, y, residual, result, constants, relu
+  bool streamed = false;
+  int64_t grid[2] = {1, 1};        // dgrad: point (i, j) is position i * grid_step + grid_start of (batch, grid)
+  int64_t grid_step[2] = {1, 1};
+  int64_t grid_start[2] = {0, 0};
+  BnArgs gradient;                 // wgrad: dy, of `outputs` channels
+  int gradient_kind = kRaw;
+};
+
 // fwd: rows in whole tiles of statistics, where they are wanted.
 using ProjectionKernel = void (*)(const ProjectionArgs&, const ProjectionTask&);
+
+using ConvPack = void (*)(const ConvArgs&, int64_t begin, int64_t end); // panels
+using ConvKernel = void (*)(const ConvArgs&, const ProjectionTask&);
 
 struct Kernels {
   const char* isa;
@@ -124,6 +166,16 @@ struct Kernels {
   ProjectionKernel projection_fwd[kDTypes];
   ProjectionKernel projection_dgrad[kDTypes];
   ProjectionKernel projection_wgrad[kDTypes];
+  int64_t panel_columns;           // of float32
+  ConvPack conv_pack;
+  ConvKernel conv_fwd;             // float32, as the others
+  ConvKernel conv_dgrad;
+  ConvKernel conv_wgrad;
+  int64_t deepest;                 // channels that Winograd's products take
+  int64_t (*winograd_elements)(const ConvArgs&, int64_t outputs);
+  ConvPack winograd_pack;
+  ConvKernel winograd_fwd;
+  ConvKernel winograd_dgrad;
 };
 
 namespace baseline {

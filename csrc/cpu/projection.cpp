@@ -26,7 +26,7 @@ namespace resnet_fused::cpu {
 namespace {
 
 // Rows of a part where there are no tiles of statistics: whole panels, of any instruction set.
-constexpr int64_t kPanelUnit = 42;
+constexpr int64_t kPanelUnit = 60;
 
 std::tuple<Tensor, Tensor> projection_fwd(const Tensor& x_any, const Tensor& weight_any, const OptionalTensor& bias,
                                           std::vector<int64_t> stride, bool stats, const OptionalTensor& moments,

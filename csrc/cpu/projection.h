@@ -83,7 +83,9 @@ class ProjectionCall {
   }
 
   // What is written, and whether past the caches: where it is more than they hold, and its vectors are aligned.
-  void set_result(const Tensor& t, int64_t channels) {
+  void set_result(const Tensor& t, int64_t channels) { stream(args, t, channels); }
+
+  static void stream(ProjectionArgs& args, const Tensor& t, int64_t channels) {
     constexpr int64_t kCached = 8 << 20, kLine = 64;
     args.result = t.mutable_data_ptr();
     const int64_t bytes = t.numel() * t.element_size(), row = channels * t.element_size();
@@ -114,6 +116,11 @@ struct Cut {
 
   int64_t units() const { return (length + unit - 1) / unit; }
   int64_t begin(int64_t part) const { return std::min(length, units() * part / parts * unit); }
+  int64_t part_of(int64_t position) const {
+    int64_t part = 0;
+    while (part + 1 < parts && begin(part + 1) <= position) ++part;
+    return part;
+  }
   int64_t longest() const { return std::min(length, (units() + parts - 1) / parts * unit); }
 };
 
@@ -191,10 +198,15 @@ class Parts {
   void* weight_of(int64_t part) const { return sums_[part].mutable_data_ptr(); }
   double* bias_of(int64_t part) { return plane_ > 0 ? acc_.data() + part * plane_ : nullptr; }
 
+  // (K, C), the sum of the parts.
+  Tensor sum() const {
+    for (size_t part = 1; part < sums_.size(); ++part) add(sums_[0], sums_[part]);
+    return sums_[0];
+  }
+
   // (K, C, 1, 1) in `dtype`.
   Tensor weight(ScalarType dtype) const {
-    for (size_t part = 1; part < sums_.size(); ++part) add(sums_[0], sums_[part]);
-    const Tensor whole = torch::stable::view(sums_[0], {s_.K, s_.C, 1, 1});
+    const Tensor whole = torch::stable::view(sum(), {s_.K, s_.C, 1, 1});
     return dtype == wide_ ? whole : torch::stable::to(whole, dtype);
   }
 

@@ -26,7 +26,7 @@ struct ForwardStore {
 
   ForwardStore(const ProjectionArgs& a, const ProjectionTask& task, double* planes)
       : args(a),
-        aligned(a.partials != nullptr ? kTileRows : kWholePanels),
+        aligned(a.partials != nullptr ? a.tile_rows : kWholePanels),
         acc(planes),
         first(task.channels[0]),
         plane(a.plane),
@@ -37,13 +37,16 @@ struct ForwardStore {
       vector(tile + j, pitch, row, rows, column + j, lanes);
     });
     const int64_t done = row + rows;
-    if (args.partials != nullptr && (done % kTileRows == 0 || done == end_row)) {
-      const int64_t start = (done - 1) / kTileRows * kTileRows;
+    if (args.partials != nullptr && (done % args.tile_rows == 0 || done == end_row)) {
+      const int64_t start = (done - 1) / args.tile_rows * args.tile_rows;
       for (int64_t j = column; j < column + columns; ++j) put_partials(start, done - start, j);
     }
   }
 
-  Ahead ahead(int64_t, int, int64_t, int64_t, int64_t) const { return {}; }
+  void ahead(LookAhead& look, int64_t row, int rows, int64_t, int64_t columns) const {
+    if (args.add == nullptr || columns != args.outputs) return;
+    look.add(static_cast<const A*>(args.add) + row * columns, rows * columns * static_cast<int64_t>(sizeof(A)));
+  }
 
   template <class Lanes>
   ALWAYS_INLINE void vector(T* tile, int64_t pitch, int64_t row, int rows, int64_t j, Lanes lanes) {
@@ -56,16 +59,32 @@ struct ForwardStore {
       lanes.store(result, z);
       if constexpr (sizeof(A) != sizeof(T) || !plain) store_vec(tile + r * pitch, as_stored<A>(z));
     }
-    if (args.partials == nullptr) return;
-    const V origin = load_vec(tile);
-    V sum{}, square{};
-    for (int r = 1; r < rows; ++r) sum += load_vec(tile + r * pitch) - origin;
-    sum *= static_cast<T>(1) / static_cast<T>(rows);
-    for (int r = 0; r < rows; ++r) {
-      const V deviation = load_vec(tile + r * pitch) - origin - sum;
-      square = fma(deviation, deviation, square);
+    if (args.partials != nullptr) reduce(tile, pitch, row, rows, j);
+  }
+
+  // A panel's rows into the sums of its tile, of differences from the mean of the tile's first panel.
+  ALWAYS_INLINE void reduce(const T* tile, int64_t pitch, int64_t row, int rows, int64_t j) {
+    double* at = acc + (j - first);
+    T* origins = reinterpret_cast<T*>(acc + 2 * plane) + (j - first);
+    if (row % args.tile_rows == 0) {
+      const V start = load_vec(tile);
+      V sum{};
+      for (int r = 1; r < rows; ++r) sum += load_vec(tile + r * pitch) - start;
+      store_vec(origins, start + sum * (static_cast<T>(1) / static_cast<T>(rows)));
+      for (int64_t i = 0; i < kLanes<T>; i += kLanes<double>) {
+        store_vec(at + i, Doubles{});
+        store_vec(at + plane + i, Doubles{});
+      }
     }
-    merge(row, rows, j, origin, sum, square);
+    const V origin = load_vec(origins);
+    V sum{}, square{};
+    for (int r = 0; r < rows; ++r) {
+      const V difference = load_vec(tile + r * pitch) - origin;
+      sum += difference;
+      square = fma(difference, difference, square);
+    }
+    accumulate(at, sum, AllLanes{});
+    accumulate(at + plane, square, AllLanes{});
   }
 
   template <class Lanes>
@@ -78,36 +97,16 @@ struct ForwardStore {
     return args.relu ? zero_where_not_positive(z, z) : z;
   }
 
-  // The moments of a panel's rows into those of its tile.
-  ALWAYS_INLINE void merge(int64_t row, int rows, int64_t j, V origin, V mean, V square) {
-    constexpr int kHalves = sizeof(double) / sizeof(T);
-    double* at = acc + (j - first);
-    StatsBody<A> body{nullptr, at, at + plane, at + 2 * plane, 0};
-    body.rows = static_cast<double>(row % kTileRows);
-    body.start_rows(rows);
-    Doubles from[kHalves], offset[kHalves], spread[kHalves];
-    widen(origin, from);
-    widen(mean, offset);
-    widen(square, spread);
-    for (int h = 0; h < kHalves; ++h) {
-      const int64_t column = h * kLanes<double>;
-      if (row % kTileRows == 0) {
-        store_vec(at + column, Doubles{});
-        store_vec(at + plane + column, Doubles{});
-        store_vec(at + 2 * plane + column, kHalves == 1 ? from[h] : Doubles{});
-      }
-      if constexpr (kHalves == 1) from[h] -= load_vec(at + 2 * plane + column);
-      body.merge(column, from[h] + offset[h], spread[h], AllLanes{}, h);
-    }
-  }
-
   void put_partials(int64_t start, int64_t rows, int64_t j) const {
-    double mean = acc[j - first] + acc[2 * plane + j - first], m2 = acc[plane + j - first];
+    const double count = static_cast<double>(rows), sum = acc[j - first], shift = sum / count;
+    double mean = shift + static_cast<double>(reinterpret_cast<const T*>(acc + 2 * plane)[j - first]);
+    double m2 = acc[plane + j - first] - sum * shift;
+    if (m2 < 0) m2 = 0; // rounded
     if (!(mean - mean == 0)) {
       const A* data = static_cast<const A*>(args.result) + start * args.outputs + j;
       args.plain_moments(kDTypeOf<A>, data, rows, args.outputs, &mean, &m2);
     }
-    T* partials = static_cast<T*>(args.partials) + start / kTileRows * 3 * args.outputs + j;
+    T* partials = static_cast<T*>(args.partials) + start / args.tile_rows * 3 * args.outputs + j;
     partials[0] = static_cast<T>(rows);
     partials[args.outputs] = static_cast<T>(mean);
     partials[2 * args.outputs] = static_cast<T>(m2);
@@ -123,7 +122,8 @@ void projection_fwd_as(const ProjectionArgs& args, const ProjectionTask& task) {
     pack_right_by_rows(weight, block, columns.begin, columns.end, steps.begin, steps.end - steps.begin);
   };
   ForwardStore<A, plain> store(args, task, task.sums);
-  MultiplyRows<T, GatheredRows<A>, decltype(pack), ForwardStore<A, plain>> product(x, pack, store, task.workspace);
+  const PackedOnDemand<T, decltype(pack)> right{pack};
+  MultiplyRows<T, GatheredRows<A>, decltype(right), ForwardStore<A, plain>> product(x, right, store, task.workspace);
   product.run({task.rows[0], task.rows[1]}, {task.channels[0], task.channels[1]}, args.channels);
   fence_streams();
 }
@@ -154,15 +154,14 @@ struct ScatterStore {
     }
   }
 
-  // The main branch's gradient that these rows will add: a run of positions for each of the rows of (H, W) they own.
-  Ahead ahead(int64_t row, int rows, int64_t columns, int64_t depth, int64_t part) const {
-    constexpr int64_t kBefore = 2; // parts that the prologue has
+  // The main branch's gradient that these rows will add.
+  void ahead(LookAhead& look, int64_t row, int rows, int64_t, int64_t columns) const {
+    if (args.add == nullptr || columns != args.channels) return;
     const OwnedPositions own(args, row);
-    const int64_t h = own.h + part - kBefore;
-    if (args.add == nullptr || columns != args.channels || part < kBefore || h >= own.h_end) return {};
-    const A* from = static_cast<const A*>(args.add) + own.offset(args, h, own.w);
-    const int64_t bytes = rows * args.stride[1] * columns * sizeof(A);
-    return {reinterpret_cast<const char*>(from), bytes / depth + 1};
+    const int64_t bytes = rows * args.stride[1] * columns * static_cast<int64_t>(sizeof(A));
+    for (int64_t h = own.h; h < own.h_end; ++h) {
+      look.add(static_cast<const A*>(args.add) + own.offset(args, h, own.w), bytes);
+    }
   }
 
   template <bool add>
@@ -185,7 +184,9 @@ void projection_dgrad_as(const ProjectionArgs& args, const ProjectionTask& task)
     pack_right_by_depth(weight, block, columns.begin, columns.end, steps.begin, steps.end - steps.begin);
   };
   ScatterStore<A> store{args};
-  MultiplyRows<T, GradientRows<A, prologue>, decltype(pack), ScatterStore<A>> product(dy, pack, store, task.workspace);
+  const PackedOnDemand<T, decltype(pack)> right{pack};
+  using Product = MultiplyRows<T, GradientRows<A, prologue>, decltype(right), ScatterStore<A>>;
+  Product product(dy, right, store, task.workspace);
   product.run({task.rows[0], task.rows[1]}, {task.channels[0], task.channels[1]}, args.outputs);
   fence_streams();
 }

@@ -45,14 +45,13 @@ struct GatheredRows {
     return lanes.load(x + at);
   }
   void prefetch(int64_t at) const { __builtin_prefetch(x + at); }
-  // A row with each part.
-  Ahead ahead(int64_t row, int count, int64_t first, int64_t, int64_t part) const {
-    if (part >= count || row + part >= rows) return {};
-    return {reinterpret_cast<const char*>(x + offset(row + part) + first), sizeof(A)};
+  int64_t parts() const { return 1; }
+  const GatheredRows& part(int64_t) const { return *this; }
+  void ahead(LookAhead& look, int64_t row, int count, int64_t first, int64_t depth) const {
+    for (int64_t r = row; r < row + count && r < rows; ++r) look.add(x + offset(r) + first, depth * sizeof(A));
   }
-  Region region(int64_t row, int64_t count, int64_t columns, int) const {
-    if (!is_dense || columns != args.channels || count <= 0) return {};
-    return {reinterpret_cast<const char*>(x + row * columns), static_cast<int64_t>(count * columns * sizeof(A))};
+  void region(LookAhead& look, int64_t row, int64_t count, int64_t columns) const {
+    if (is_dense && columns == args.channels) look.add(x + row * columns, count * columns * sizeof(A));
   }
 };
 
@@ -100,15 +99,13 @@ struct GradientRows {
     __builtin_prefetch(g + at);
     if constexpr (prologue == kBatchStatistics) __builtin_prefetch(y + at);
   }
-  // The rows of g with the first part, those of y with the second; whole rows only, which follow one another.
-  Ahead ahead(int64_t row, int count, int64_t, int64_t depth, int64_t part) const {
-    if (depth != pitch || row * pitch >= elements || part > (prologue == kBatchStatistics)) return {};
-    const A* from = (part == 0 ? g : y) + row * pitch;
-    return {reinterpret_cast<const char*>(from), static_cast<int64_t>(count * sizeof(A))};
+  // Whole rows only, which follow one another.
+  void ahead(LookAhead& look, int64_t row, int count, int64_t, int64_t depth) const {
+    if (depth == pitch && row * pitch < elements) region(look, row, count, depth);
   }
-  Region region(int64_t row, int64_t count, int64_t columns, int tensor) const {
-    if (columns != pitch || count <= 0 || tensor > (prologue == kBatchStatistics)) return {};
-    const A* from = (tensor == 0 ? g : y) + row * pitch;
-    return {reinterpret_cast<const char*>(from), static_cast<int64_t>(count * pitch * sizeof(A))};
+  void region(LookAhead& look, int64_t row, int64_t count, int64_t columns) const {
+    if (columns != pitch) return;
+    look.add(g + row * pitch, count * pitch * sizeof(A));
+    if constexpr (prologue == kBatchStatistics) look.add(y + row * pitch, count * pitch * sizeof(A));
   }
 };

@@ -26,9 +26,31 @@ struct Source {
   }
 };
 
+// Bits of an op's `packed`: our own matrix products run the convolution where they can, by Winograd where it is faster.
+enum Packed : int64_t { kPack = 1, kWinograd = 2 };
+
 Tensor nothing(const Tensor& like) { return empty({0}, {1}, like.scalar_type()); }
 
 Tensor or_nothing(const OptionalTensor& t, const Tensor& like) { return t.has_value() ? *t : nothing(like); }
+
+struct Convolved {
+  Tensor x, y;
+  OptionalTensor partials;
+};
+
+// `x` is what was convolved where it was made (`keep` it) or needed, else the raw source.
+Convolved convolve(const Convolution& conv, const Source& source, const Tensor& weight, bool keep, bool stats,
+                   int64_t packed) {
+  if ((packed & kPack) == 0 || !conv.can_pack(source.y, weight)) {
+    const Tensor x = source.load();
+    return {x, conv.forward(x, weight), std::nullopt};
+  }
+  const bool pending = source.moments.has_value() && !source.residual.has_value() && !keep;
+  const Tensor x = pending ? dense(source.y) : dense(source.load());
+  const OptionalTensor moments = pending ? source.moments : OptionalTensor();
+  auto [y, partials] = conv.packed(x, weight, (packed & kWinograd) != 0).forward({x, moments, source.relu}, stats);
+  return {x, y, partials};
+}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> site_fwd(
     const Tensor& src, const OptionalTensor& src_moments, const OptionalTensor& residual,
@@ -36,20 +58,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> site_fwd(
     const Tensor& weight, const OptionalTensor& conv_bias, const OptionalTensor& gamma, const OptionalTensor& beta,
     const OptionalTensor& running_mean, const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
     int64_t stride_h, int64_t stride_w, int64_t padding_h, int64_t padding_w, int64_t dilation_h, int64_t dilation_w,
-    int64_t groups, bool training, std::optional<double> momentum, double eps) {
+    int64_t groups, bool training, std::optional<double> momentum, double eps, int64_t packed) {
   const Checker check("site_fwd");
   const Convolution conv{{stride_h, stride_w}, {padding_h, padding_w}, {dilation_h, dilation_w}, groups};
   conv.check(check, src, weight);
   const bool has_running = running_mean.has_value() && running_var.has_value();
   check.require(training || has_running, "running_mean, running_var", "tensors, without training", "None");
   const NoGrad no_grad;
-  const Tensor x =
-      Source{src, src_moments, residual, residual_moments, residual_stride, channel_offset, src_relu}.load();
-  const Tensor y = conv.forward(x, weight);
+  const Source source{src, src_moments, residual, residual_moments, residual_stride, channel_offset, src_relu};
+  const auto [x, y, partials] = convolve(conv, source, weight, join, training, packed);
   const int64_t K = y.size(1);
   check.require(!training || y.numel() != K, "src", "more than one value per channel in training", 1);
+  const auto finalize = [&](const Tensor& statistics) {
+    return bn_finalize(statistics, gamma, beta, conv_bias, running_mean, running_var, num_batches_tracked, momentum,
+                       eps);
+  };
   const Tensor moments = training
-      ? bn_finalize(bn_stats(y), gamma, beta, conv_bias, running_mean, running_var, num_batches_tracked, momentum, eps)
+      ? finalize(partials.has_value() ? *partials : bn_stats(y))
       : bn_eval_moments(*running_mean, *running_var, gamma, beta, conv_bias, eps, opmath(y.scalar_type()));
   const Tensor carrier = empty_table(2, K, moments.scalar_type());
   std::memset(carrier.mutable_data_ptr(), 0, 2 * K * carrier.element_size());  // read by nobody, but repeatable
@@ -61,14 +86,20 @@ Tensor site_infer(const Tensor& src, const OptionalTensor& residual, const Tenso
                   const OptionalTensor& conv_bias, const OptionalTensor& gamma, const OptionalTensor& beta,
                   const Tensor& running_mean, const Tensor& running_var, int64_t stride_h, int64_t stride_w,
                   int64_t padding_h, int64_t padding_w, int64_t dilation_h, int64_t dilation_w, int64_t groups,
-                  double eps, bool relu) {
+                  double eps, bool relu, int64_t packed) {
   const Checker check("site_infer");
   const Convolution conv{{stride_h, stride_w}, {padding_h, padding_w}, {dilation_h, dilation_w}, groups};
   conv.check(check, src, weight);
   const NoGrad no_grad;
-  const Tensor y = conv.forward(src, weight);
   const Tensor moments =
-      bn_eval_moments(running_mean, running_var, gamma, beta, conv_bias, eps, opmath(y.scalar_type()));
+      bn_eval_moments(running_mean, running_var, gamma, beta, conv_bias, eps, opmath(src.scalar_type()));
+  if ((packed & kPack) != 0 && conv.can_pack(src, weight)) {
+    const Tensor x = dense(src);
+    const PackedConvolution product = conv.packed(x, weight, (packed & kWinograd) != 0);
+    product.check_output(check, "residual", residual);
+    return product.infer(x, moments, dense(residual), relu);
+  }
+  const Tensor y = conv.forward(src, weight);
   bn_apply_in_place(y, moments, residual, relu);
   return y;
 }
@@ -76,13 +107,13 @@ Tensor site_infer(const Tensor& src, const OptionalTensor& residual, const Tenso
 Tensor site_rebuild(const Tensor& src, const OptionalTensor& src_moments, const OptionalTensor& residual,
                     const OptionalTensor& residual_moments, int64_t residual_stride, int64_t channel_offset,
                     bool src_relu, const Tensor& weight, int64_t stride_h, int64_t stride_w, int64_t padding_h,
-                    int64_t padding_w, int64_t dilation_h, int64_t dilation_w, int64_t groups) {
+                    int64_t padding_w, int64_t dilation_h, int64_t dilation_w, int64_t groups, int64_t packed) {
   const Checker check("site_rebuild");
   const Convolution conv{{stride_h, stride_w}, {padding_h, padding_w}, {dilation_h, dilation_w}, groups};
   conv.check(check, src, weight);
   const NoGrad no_grad;
-  return conv.forward(
-      Source{src, src_moments, residual, residual_moments, residual_stride, channel_offset, src_relu}.load(), weight);
+  const Source source{src, src_moments, residual, residual_moments, residual_stride, channel_offset, src_relu};
+  return convolve(conv, source, weight, false, false, packed).y;
 }
 
 // A parameter's gradient: `value(c)` in the parameter's dtype.
@@ -144,22 +175,63 @@ SourceGrads kept_grads(const Convolution& conv, const Source& source, const Tens
   return grads;
 }
 
+// With our own matrix products: dy is not stored, nor an activation that was not kept.
+SourceGrads packed_grads(const PackedConvolution& conv, const Source& source, const OptionalTensor& x,
+                         const OptionalTensor& dskip, const PackedGradient& dy, bool need_source, bool need_weight) {
+  SourceGrads grads;
+  const Tensor raw = dense(source.y);
+  const OptionalTensor kept = dense(x);
+  if (need_source) {
+    PackedBack back{dense(dskip), std::nullopt, std::nullopt, source.moments, std::nullopt, std::nullopt, source.relu};
+    if (source.moments.has_value()) {
+      back.y = raw;
+      if (kept.has_value() && source.relu) back.out = kept;
+      if (source.residual_moments.has_value()) back.residual = dense(source.residual);
+      back.residual_moments = source.residual_moments;
+    }
+    if (kept.has_value()) back.relu = false;
+    PackedBackGrads made = conv.backward_image(dy, back);
+    grads.source = made.g;
+    grads.sums = made.sums;
+    grads.residual_sums = made.residual_sums;
+  }
+  if (need_weight) {
+    const OptionalTensor none;
+    grads.weight = kept.has_value() ? conv.backward_weight(dy, {*kept, none, false})
+                                    : conv.backward_weight(dy, {raw, source.moments, source.relu});
+  }
+  return grads;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> site_bwd(
     const Tensor& src, const OptionalTensor& src_moments, const OptionalTensor& residual,
     const OptionalTensor& residual_moments, bool src_relu, const OptionalTensor& x, const OptionalTensor& dskip,
     const Tensor& weight, const OptionalTensor& conv_bias, const OptionalTensor& gamma, const OptionalTensor& beta,
     const Tensor& y, const Tensor& moments, const Tensor& g, const Tensor& sums, int64_t stride_h,
     int64_t stride_w, int64_t padding_h, int64_t padding_w, int64_t dilation_h, int64_t dilation_w, int64_t groups,
-    bool relu, bool training, bool need_source, bool need_weight) {
+    bool relu, bool training, bool need_source, bool need_weight, int64_t packed) {
   const Checker check("site_bwd");
   const Convolution conv{{stride_h, stride_w}, {padding_h, padding_w}, {dilation_h, dilation_w}, groups};
   conv.check(check, src, weight);
   check.require(need_source || need_weight, "need_source, need_weight", "one of them", "neither");
   const NoGrad no_grad;
-  const Tensor dy = bn_bwd_apply(g, y, moments, bn_bwd_finalize(sums, moments, training), relu);
+  const Tensor coef = bn_bwd_finalize(sums, moments, training);
   const Source source{src, src_moments, residual, residual_moments, 1, 0, src_relu};
-  const SourceGrads grads = x.has_value() ? kept_grads(conv, source, *x, dskip, weight, dy, need_source, need_weight)
-                                          : pending_grads(conv, source, weight, dy, need_source, need_weight);
+  SourceGrads grads;
+  if ((packed & kPack) != 0 && conv.can_pack(src, weight)) {
+    const PackedConvolution product = conv.packed(src, weight, (packed & kWinograd) != 0);
+    product.check_output(check, "g", g);
+    product.check_output(check, "y", y);
+    for (const OptionalTensor& t : {x, dskip, residual}) check.like("x, dskip, residual", t, src);
+    const Tensor dense_g = dense(g), dense_y = dense(y);
+    const PackedGradient dy{dense_g, dense_y, moments, coef, relu};
+    grads = packed_grads(product, source, x, dskip, dy, need_source, need_weight);
+    if (need_weight) grads.weight = like_parameter(*grads.weight, weight);
+  } else {
+    const Tensor dy = bn_bwd_apply(g, y, moments, coef, relu);
+    grads = x.has_value() ? kept_grads(conv, source, *x, dskip, weight, dy, need_source, need_weight)
+                          : pending_grads(conv, source, weight, dy, need_source, need_weight);
+  }
   const Tensor dense_sums = contiguous_table(sums), dense_moments = contiguous_table(moments);
   const Table s(dense_sums), m(dense_moments);
   const auto dbias = [&](int64_t c) {
@@ -183,20 +255,20 @@ STABLE_TORCH_LIBRARY_FRAGMENT(resnet_fused, m) {
       "int channel_offset, bool src_relu, bool join, Tensor weight, Tensor? conv_bias, Tensor? gamma, Tensor? beta, "
       "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, int stride_h, int stride_w, "
       "int padding_h, int padding_w, int dilation_h, int dilation_w, int groups, bool training, float? momentum, "
-      "float eps) -> (Tensor, Tensor, Tensor, Tensor)");
+      "float eps, int packed) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "site_infer(Tensor src, Tensor? residual, Tensor weight, Tensor? conv_bias, Tensor? gamma, Tensor? beta, "
       "Tensor running_mean, Tensor running_var, int stride_h, int stride_w, int padding_h, int padding_w, "
-      "int dilation_h, int dilation_w, int groups, float eps, bool relu) -> Tensor");
+      "int dilation_h, int dilation_w, int groups, float eps, bool relu, int packed) -> Tensor");
   m.def(
       "site_rebuild(Tensor src, Tensor? src_moments, Tensor? residual, Tensor? residual_moments, int residual_stride, "
       "int channel_offset, bool src_relu, Tensor weight, int stride_h, int stride_w, int padding_h, int padding_w, "
-      "int dilation_h, int dilation_w, int groups) -> Tensor");
+      "int dilation_h, int dilation_w, int groups, int packed) -> Tensor");
   m.def(
       "site_bwd(Tensor src, Tensor? src_moments, Tensor? residual, Tensor? residual_moments, bool src_relu, Tensor? x, "
       "Tensor? dskip, Tensor weight, Tensor? conv_bias, Tensor? gamma, Tensor? beta, Tensor y, Tensor moments, "
       "Tensor g, Tensor sums, int stride_h, int stride_w, int padding_h, int padding_w, int dilation_h, "
-      "int dilation_w, int groups, bool relu, bool training, bool need_source, bool need_weight) "
+      "int dilation_w, int groups, bool relu, bool training, bool need_source, bool need_weight, int packed) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 

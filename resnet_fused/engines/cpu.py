@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resnet_fused.engines import cpu_site
+from resnet_fused.engines import cpu_plan, cpu_site
 from resnet_fused.reference import Pair, conv_bwd, conv_fwd, opmath
 
 __all__ = [
@@ -97,6 +97,7 @@ def load() -> str | None:
     for name in _OPS:
         globals()[f"_{name}"] = getattr(torch.ops.resnet_fused, name).default
     _register_fakes()
+    cpu_plan.register(_cpu_isa)
     cpu_site.register()
     if cpu_site.infers():
         globals()["site_infer"] = cpu_site.site_infer

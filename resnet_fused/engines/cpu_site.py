@@ -19,6 +19,7 @@ from torch import Tensor
 from ..calls import SiteCall, SiteGrads, SiteOutputs, SiteParams, Source
 from ..reference import opmath
 from . import library
+from .cpu_plan import packed
 
 # Each op's overload, bound once by `register`; None without it.
 _site_fwd: Callable[..., Any] | None = None
@@ -36,7 +37,7 @@ def site_forward(engine: ModuleType, call: SiteCall, source: Source, params: Sit
         try:
             y, made, carrier, x = _site_fwd(
                 src, moments, residual, residual_moments, skip.stride, skip.channel_offset, relu, join, *params,
-                *stride, *padding, *dilation, groups, training, momentum, eps,
+                *stride, *padding, *dilation, groups, training, momentum, eps, packed(call, src, params.weight),
             )  # fmt: skip
         except RuntimeError:
             return library.site_forward(engine, call, source, params)
@@ -55,7 +56,7 @@ def site_infer(call: SiteCall, x: Tensor, params: SiteParams, residual: Tensor |
     assert _site_infer is not None
     geometry = (*call.stride, *call.padding, *call.dilation, call.groups)
     try:
-        return _site_infer(x, residual, *params[:6], *geometry, call.eps, relu)
+        return _site_infer(x, residual, *params[:6], *geometry, call.eps, relu, packed(call, x, params.weight))
     except RuntimeError:
         engine = sys.modules["resnet_fused.engines.cpu"]
         y = library.site_conv(engine, call, x, params.weight)
@@ -70,6 +71,7 @@ def site_rebuild(engine: ModuleType, call: SiteCall, source: Source, weight: Ten
     return _site_rebuild(
         source.y, source.moments, source.residual, source.residual_moments, skip.stride, skip.channel_offset,
         source.relu, weight, *call.stride, *call.padding, *call.dilation, call.groups,
+        packed(call, source.y, weight),
     )  # fmt: skip
 
 
@@ -88,15 +90,16 @@ def site_backward(
 ) -> SiteGrads:
     """Gradients of the first four of the `SiteParams` with the rest. See `resnet_fused.site.site_backward`."""
     kind, src, src_moments, relu, skip, residual, residual_moments = source
+    weight = params[0]
+    assert weight is not None
     if _site_bwd is None or call.hand_stride > 1 or (kind == "join" and skip.kind == "none"):
-        weight = params[0]
-        assert weight is not None
         return library.site_backward(engine, call, source, x, weight, y, moments, g, sums, dskip, needs)
     need_source, need_weight = needs
     dsrc, dsums, dresidual_sums, dweight, dbias, dgamma, dbeta = _site_bwd(
         src, src_moments, residual if residual_moments is not None else None, residual_moments, relu,
         None if kind == "pending" else x, dskip, *params, y, moments, g, sums,
         *call.stride, *call.padding, *call.dilation, call.groups, call.relu, call.training, need_source, need_weight,
+        packed(call, src, weight),
     )  # fmt: skip
     if not need_source:
         dsrc = dsums = None
@@ -120,6 +123,8 @@ def infers() -> bool:
 def register() -> None:
     """Bind the ops' overloads and register their fakes, where the loaded library has them."""
     if not hasattr(torch.ops.resnet_fused, "site_fwd"):
+        return
+    if torch.ops.resnet_fused.site_fwd.default._schema.arguments[-1].name != "packed":
         return
     fakes: dict[str, Callable[..., Any]] = {"site_fwd": _fake_fwd, "site_rebuild": _fake_rebuild, "site_bwd": _fake_bwd}
     if infers():
@@ -174,7 +179,7 @@ def _fake_bwd(
     weight: Tensor, conv_bias: Any, gamma: Any, beta: Any, y: Tensor, moments: Tensor, g: Tensor, sums: Tensor,
     *rest: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    *_, need_source, need_weight = rest
+    *_, need_source, need_weight, _ = rest
 
     def nothing(like: Tensor) -> Tensor:
         return like.new_empty(0)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from .. import plan, winners
+from ..engines import cpu_plan
 from ..kernels import tiles
 from ..kernels.target import Target
 from ..winners import Winner
@@ -31,14 +32,29 @@ class Candidate(NamedTuple):
 def variants(problem: SiteProblem) -> list[str]:
     """The variants that can run the problem, the rules' own first."""
     shape, engine = problem.shape, problem.engine
-    ours = [plan.OWN] if engine == "triton" and plan.impossible(shape) is None else []
-    names = [plan.LIBRARY, *ours]
     with winners.using({}):
-        default = plan.choose(shape).name if engine == "triton" else plan.LIBRARY
         if problem.extension:
-            names.append(plan.EXTENSION)
             default = plan.shortcut(shape, engine).name
+            names = [plan.LIBRARY, *_ours(engine, shape), plan.EXTENSION]
+        else:
+            default = _rule(engine, shape)
+            names = [plan.LIBRARY, *_ours(engine, shape)]
+    if default == plan.PRODUCT:  # inside its site's op, where nothing else is faster
+        return [default]
     return [default, *(name for name in names if name != default)]
+
+
+def _ours(engine: str, shape: plan.ConvShape) -> list[str]:
+    """The name of our own kernels, where they can run the shape and the plan asks for them."""
+    cannot = {"triton": plan.impossible, "cpu": cpu_plan.impossible}.get(engine)
+    own = cannot is not None and cannot(shape) is None and not (engine == "cpu" and shape.projection)
+    return [plan.OWN] if own else []
+
+
+def _rule(engine: str, shape: plan.ConvShape) -> str:
+    if engine == "triton":
+        return plan.choose(shape).name
+    return cpu_plan.variant(shape).name if engine == "cpu" else plan.LIBRARY
 
 
 def variant(problem: SiteProblem, name: str, tile_table: Table) -> Candidate:

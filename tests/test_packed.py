@@ -1,0 +1,213 @@
+"""Our own matrix products on the CPU (`engines.cpu_plan`): the law for every source, geometry and instruction set."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from resnet_fused import eager_blocks, plan, winners
+from resnet_fused.calls import SiteParams, Source
+from resnet_fused.engines import cpu, cpu_plan, cpu_site
+from resnet_fused.numerics import assert_law
+from resnet_fused.tuning import candidates, sites, steps
+
+from .test_cpu_site import (
+    LAST,
+    SOURCES,
+    Case,
+    both,
+    forward_arguments,
+    image,
+    outcome,
+    parameters,
+    seeds,
+    site_call,
+    source,
+)  # fmt: skip
+
+REASON = cpu.load() or (None if cpu_site._site_fwd else "the CPU library is older than its site ops: build it again")
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+
+CASES = {
+    "1x1": Case((40, 72), 1, 1, 0, image=(13, 17)),
+    "1x1 deeper than a block": Case((600, 33), 1, 1, 0, image=(6, 7)),
+    "1x1 padded": Case((40, 36), 1, 1, 1, image=(18, 19)),
+    "3x3": Case((20, 36), image=(15, 17)),
+    "3x3 deeper than a block": Case((72, 33), image=(7, 9)),
+    "3x3 stride 2": Case((33, 65), stride=2, image=(13, 14)),
+    "3x3 without padding": Case((17, 19), padding=0, image=(20, 16)),
+    "5x5 stride 3": Case((16, 48), 5, 3, 1, image=(22, 23)),
+    "7x7 stem": Case((3, 64), 7, 2, 3, image=(33, 30)),
+    "2x2 stride 2": Case((32, 32), 2, 2, 0, image=(17, 16)),
+    "one row": Case((64, 64), image=(1, 40)),
+}
+PATCHES = {
+    "even": Case((32, 48), image=(24, 26)),
+    "odd": Case((40, 33), image=(23, 25)),
+    "wide": Case((64, 32), padding=2, image=(9, 61)),
+}
+
+
+@pytest.fixture
+def own() -> Iterator[None]:
+    """Everything that our products can run, whatever the rules of speed say."""
+    with plan.force(plan.OWN):
+        yield
+
+
+def masked(found: dict[str, Tensor], kind: str, case: Case) -> dict[str, Tensor]:
+    """With the source's gradient behind its ReLU: whoever reads it masks it, so our products may have done that."""
+    if kind != "pending" or "source" not in found:
+        return found
+    x, moments = (t.double() for t in source(kind, case, torch.float32)[1:3])
+    mean, _, scale, shift, _ = (row[:, None, None] for row in moments)
+    return {**found, "source": found["source"].where(scale * (x - mean) + shift > 0, 0)}
+
+
+def law(case: Case, kind: str, **options: Any) -> dict[str, Tensor]:
+    call, x = site_call(case), image(case, 0, torch.float32)
+    assert cpu_plan.packed(call, x, parameters(case, torch.float32).weight) == cpu_plan.OWN_ALL
+    ops, same, ref = (masked(found, kind, case) for found in both(case, kind, torch.float32, **options))
+    assert ops["rebuilt"].equal(ops["y"])
+    assert_law(ops, ref, [same], torch.float32)
+    return ops
+
+
+@pytest.mark.usefixtures("own")
+@pytest.mark.parametrize("kind", SOURCES)
+@pytest.mark.parametrize("name", [*CASES, *PATCHES])
+def test_the_law(name: str, kind: str) -> None:
+    law({**CASES, **PATCHES}[name], kind)
+
+
+@pytest.mark.usefixtures("own")
+@pytest.mark.parametrize("options", [{"training": False}, {"momentum": None}], ids=["frozen", "cumulative"])
+def test_statistics(options: dict[str, Any]) -> None:
+    for case in (CASES["1x1"], PATCHES["odd"]):
+        law(case, "pending", **options)
+
+
+@pytest.mark.usefixtures("own")
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set(isa: str) -> None:
+    before = cpu.isa()
+    try:
+        try:
+            cpu.set_isa(isa)
+        except RuntimeError as error:
+            pytest.skip(f"{isa}: {error}")
+        for name in ("1x1 deeper than a block", "3x3 stride 2", "7x7 stem"):
+            law(CASES[name], "projection")
+        law(PATCHES["odd"], "pending")
+    finally:
+        cpu.set_isa(before)
+
+
+@pytest.mark.usefixtures("own")
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_same_bits_every_time(threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for case in (CASES["1x1"], CASES["3x3 stride 2"], PATCHES["odd"]):
+            call, src, params = (
+                site_call(case),
+                source("projection", case, torch.float32),
+                parameters(case, torch.float32),
+            )
+            given = seeds(case, call, src, params)
+            first, second = (outcome(call, src, params, given, "ops") for _ in range(2))
+            assert [name for name in first if not first[name].equal(second[name])] == []
+    finally:
+        torch.set_num_threads(before)
+
+
+def forward(packed: int, x: Tensor, params: SiteParams) -> tuple[Tensor, ...]:
+    """``y`` and the moments of a 3x3."""
+    given = list(forward_arguments(PATCHES["odd"], "plain"))
+    given[0], given[8:15] = x, [None if t is None else t.clone() for t in params]
+    y, moments, _, _ = torch.ops.resnet_fused.site_fwd(*given[:-1], packed)
+    return y, moments
+
+
+def test_winograd_is_taken() -> None:
+    case = PATCHES["odd"]
+    x, params = image(case, 0, torch.float32), parameters(case, torch.float32)
+    direct, by_patches = (forward(packed, x, params)[0] for packed in (1, cpu_plan.OWN_ALL))
+    assert not direct.equal(by_patches)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38], ids=["nan", "inf", "nearly inf"])
+def test_winograd_gives_way_where_results_are_not_finite(value: float) -> None:
+    """A patch would spread it to neighbours that the filter does not reach."""
+    case = PATCHES["odd"]
+    x, params = image(case, 0, torch.float32), parameters(case, torch.float32)
+    x[1, 3, 6, 6] = value
+    direct, by_patches = (forward(packed, x, params) for packed in (1, cpu_plan.OWN_ALL))
+    for a, b in zip(direct, by_patches, strict=True):
+        assert torch.equal(a.nan_to_num(7.0, 8.0, 9.0), b.nan_to_num(7.0, 8.0, 9.0))
+    assert not direct[0][0].isnan().any()  # the other image's results are what they were
+
+
+def test_a_gradient_of_another_shape_is_refused() -> None:
+    case = CASES["3x3"]
+    call, src, params = site_call(case), source("plain", case, torch.float32), parameters(case, torch.float32)
+    g, sums, _ = seeds(case, call, src, params)
+    with plan.force(plan.OWN), pytest.raises(RuntimeError, match=r"site_bwd: g: expected shape \(2, 36, 15, 17\)"):
+        cpu_site.site_backward(
+            cpu, call, src, src.y, params[:4], g, sums.new_ones(5, 36), g[:, :, 1:], sums, None, (True, True)
+        )
+
+
+REFUSED = {
+    "groups": ({"groups": 2}, "2 groups"),
+    "dilation": ({"dilation": (2, 2)}, "a dilation of 2"),
+    "steps": ({"filter": (1, 1), "stride": (2, 2)}, "it steps over pixels"),
+    "dtype": ({"dtype": torch.bfloat16}, "our products are of float32, not bfloat16"),
+    "small": ({"h": 4, "w": 4}, "so small that it runs as one matrix product in its site's op"),
+}
+SHAPE = plan.ConvShape(2, 32, 28, 28, 32, (3, 3), (1, 1), (1, 1), (1, 1), 1, torch.float32, False)
+
+
+@pytest.mark.parametrize("why", REFUSED)
+def test_what_they_cannot_run_is_the_library_s(why: str) -> None:
+    changes, reason = REFUSED[why]
+    found = cpu_plan.variant(dataclasses.replace(SHAPE, **changes))
+    assert found.name != plan.OWN and found.reason == reason
+
+
+def test_what_was_measured_decides() -> None:
+    case = PATCHES["even"]
+    call, params = site_call(case), parameters(case, torch.float32)
+    x = image(case, 0, torch.float32)
+    key = plan.problem_key(plan.shape_of_call(call, x, params.weight), "cpu")
+    found = {}
+    for choice in (plan.LIBRARY, plan.OWN):
+        with winners.using({key: winners.Winner(choice, "measured")}):
+            found[choice] = cpu_plan.packed(call, x, params.weight)
+    assert found == {plan.LIBRARY: cpu_plan.OWN_NONE, plan.OWN: cpu_plan.OWN_ALL}
+
+
+def test_they_are_raced_against_the_library() -> None:
+    torch.manual_seed(0)
+    block = eager_blocks.BasicBlock(32, 32).to(memory_format=LAST)
+    images = torch.randn(4, 32, 20, 20).contiguous(memory_format=LAST)
+    (problem,) = sites.collect(steps.Step(steps.private_copy(block, None, "cpu"), (images,)))
+    assert candidates.variants(problem) == [plan.OWN, plan.LIBRARY]
+
+
+@pytest.mark.usefixtures("own")
+def test_an_input_that_is_not_channels_last() -> None:
+    case = CASES["3x3"]
+    call, params = site_call(case), parameters(case, torch.float32, last=False)
+    src = source("plain", case, torch.float32)
+    given = seeds(case, call, src, params)
+    strided = Source("plain", src.y.contiguous())
+    assert not strided.y.is_contiguous(memory_format=LAST)
+    first, second = (outcome(call, s, params, given, "ops") for s in (src, strided))
+    assert [name for name in first if not first[name].equal(second[name])] == []
