@@ -11,12 +11,6 @@ double total(const Sums& sums, int64_t i) {
   return sum;
 }
 
-bool is_streamed(const Tensor& t) {
-  constexpr int64_t kCached = 8 << 20, kLine = 64;
-  return t.numel() * 4 > kCached && t.size(1) * 4 % kLine == 0 &&
-      reinterpret_cast<uintptr_t>(t.const_data_ptr()) % kLine == 0;
-}
-
 } // namespace
 
 PackedConvolution::PackedConvolution(const Tensor& x, const Tensor& weight, const Pair& stride,
@@ -139,7 +133,7 @@ PackedBackGrads PackedConvolution::backward_image(const PackedGradient& dy, cons
   ImageConstants constants(K_, isa_), own(C_, isa_);
   dy.attach(c.image, c.kind, constants);
   const Tensor dx = empty_channels_last(N_, C_, H_, W_, ScalarType::Float);
-  c.streamed = is_streamed(dx);
+  c.streamed = is_streamed(dx, C_);
   c.back.result = dx.mutable_data_ptr();
   c.back.skip = data_of(back.skip);
   c.back.out = data_of(back.out);

@@ -7,9 +7,6 @@
 
 namespace resnet_fused::cpu {
 
-// Rows of a part where there are no tiles of statistics: whole panels, of any instruction set.
-constexpr int64_t kPanelUnit = 60;
-
 // Bytes of the images that a band holds: what they are read by is in the caches with them.
 inline int64_t band_bytes(const Kernels& isa) { return (isa.vector_bytes == 64 ? 768 : 192) * 1024; }
 

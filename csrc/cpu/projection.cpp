@@ -13,7 +13,7 @@
 //   layer3   1.6 (x 2)      5 +  6      10.5      13.1             43 + 15        20.3      30
 //   layer4   1.6 (x 2)     10 +  3      10.1      13.3             29 + 15        21.4      30
 //
-// What misses: the micro-kernel's 46 instructions for 28 FMAs, which a core that is shared with another thread seems
+// These times are of the micro-kernel of 14 x 32, before that of gemm_micro.h. What missed: its 46 instructions for 28 FMAs, which a core that is shared with another thread seems
 // not to issue at full FMA speed (a quiet one did 150 to 179 GFLOP/s); at layer1, where products are only 64 deep,
 // also a tile's store and statistics, a tenth of its FMAs.
 #include <torch/csrc/stable/library.h>
@@ -24,9 +24,6 @@
 
 namespace resnet_fused::cpu {
 namespace {
-
-// Rows of a part where there are no tiles of statistics: whole panels, of any instruction set.
-constexpr int64_t kPanelUnit = 60;
 
 std::tuple<Tensor, Tensor> projection_fwd(const Tensor& x_any, const Tensor& weight_any, const OptionalTensor& bias,
                                           std::vector<int64_t> stride, bool stats, const OptionalTensor& moments,

@@ -12,6 +12,18 @@
 
 namespace resnet_fused::cpu {
 
+// Rows of a part where there are no tiles of statistics: whole panels, of any instruction set.
+constexpr int64_t kPanelUnit = 60;
+
+// Whether a result of rows of `channels` is stored past the caches: where it is more than they hold, and its vectors are
+// aligned.
+inline bool is_streamed(const Tensor& t, int64_t channels) {
+  constexpr int64_t kCached = 8 << 20, kLine = 64;
+  const auto element = static_cast<int64_t>(t.element_size());
+  return t.numel() * element > kCached && channels * element % kLine == 0 &&
+      reinterpret_cast<uintptr_t>(t.const_data_ptr()) % kLine == 0;
+}
+
 // The packed blocks of one thread, kept for its next call.
 inline void* workspace() {
   struct Free {
@@ -82,14 +94,12 @@ class ProjectionCall {
     }
   }
 
-  // What is written, and whether past the caches: where it is more than they hold, and its vectors are aligned.
+  // What is written, and whether past the caches.
   void set_result(const Tensor& t, int64_t channels) { stream(args, t, channels); }
 
   static void stream(ProjectionArgs& args, const Tensor& t, int64_t channels) {
-    constexpr int64_t kCached = 8 << 20, kLine = 64;
     args.result = t.mutable_data_ptr();
-    const int64_t bytes = t.numel() * t.element_size(), row = channels * t.element_size();
-    args.streamed = bytes > kCached && row % kLine == 0 && reinterpret_cast<uintptr_t>(args.result) % kLine == 0;
+    args.streamed = is_streamed(t, channels);
   }
 
   const Kernels& isa;

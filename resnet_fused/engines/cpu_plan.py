@@ -21,6 +21,7 @@ from ..calls import SiteCall
 OWN_ALL, OWN_NONE = 3, 0  # bits of the ops' `packed`: our products, and Winograd's among them
 
 _CPU = torch.device("cpu")
+_WIDE = ("avx2", "avx512")  # instruction sets for which the rules take our products
 _isa: Callable[[], str] | None = None
 
 
@@ -57,7 +58,7 @@ def variant(shape: plan.ConvShape) -> plan.Variant:
         return plan.Variant(plan.LIBRARY, reason)
     if chosen := plan.decided(shape, "cpu"):
         return chosen
-    if isa() not in ("avx2", "avx512"):
+    if isa() not in _WIDE:
         return plan.Variant(plan.LIBRARY, "our products are for AVX2 and AVX-512")
     return plan.Variant(plan.OWN, "batch norm and ReLU while packing, statistics and masks while storing")
 
@@ -70,9 +71,16 @@ def packed(call: SiteCall, x: Tensor, weight: Tensor) -> int:
     if torch.compiler.is_compiling():
         known = torch.fx.experimental.symbolic_shapes.has_static_value
         if not all(known(size) for size in x.shape):
-            return OWN_ALL
+            return _by_rule()
     convolution = (call.stride, call.padding, call.dilation, call.groups)
     return _packed(convolution, tuple(x.shape), tuple(weight.shape))
+
+
+def _by_rule() -> int:
+    return OWN_ALL if isa() in _WIDE and plan.forced_name() != plan.LIBRARY else OWN_NONE
+
+
+_by_rule._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see `winners.ready`
 
 
 def _packed(convolution: tuple[Any, ...], size: tuple[int, ...], filters: tuple[int, ...]) -> int:
