@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from resnet_fused import eager_blocks, plan, winners
+from resnet_fused import eager_blocks, plan, site, winners
 from resnet_fused.calls import SiteParams, Source
 from resnet_fused.engines import cpu, cpu_plan, cpu_site
 from resnet_fused.numerics import assert_law
@@ -50,7 +50,10 @@ PATCHES = {
     "even": Case((32, 48), image=(24, 26)),
     "odd": Case((40, 33), image=(23, 25)),
     "wide": Case((64, 32), padding=2, image=(9, 61)),
+    "more filters than patches": Case((72, 136), image=(9, 11)),  # the threads share columns, forward and dgrad
+    "rows of the weight": Case((136, 129), image=(17, 18)),  # of which each thread has some in wgrad
 }
+CHUNKS = Case((132, 130), image=(40, 38))  # patches for wgrad in more than one chunk
 
 
 @pytest.fixture
@@ -86,6 +89,11 @@ def test_the_law(name: str, kind: str) -> None:
 
 
 @pytest.mark.usefixtures("own")
+def test_the_law_in_chunks() -> None:
+    law(CHUNKS, "pending")
+
+
+@pytest.mark.usefixtures("own")
 @pytest.mark.parametrize("options", [{"training": False}, {"momentum": None}], ids=["frozen", "cumulative"])
 def test_statistics(options: dict[str, Any]) -> None:
     for case in (CASES["1x1"], PATCHES["odd"]):
@@ -103,7 +111,8 @@ def test_every_instruction_set(isa: str) -> None:
             pytest.skip(f"{isa}: {error}")
         for name in ("1x1 deeper than a block", "3x3 stride 2", "7x7 stem"):
             law(CASES[name], "projection")
-        law(PATCHES["odd"], "pending")
+        for name in PATCHES:
+            law(PATCHES[name], "pending")
     finally:
         cpu.set_isa(before)
 
@@ -114,7 +123,7 @@ def test_the_same_bits_every_time(threads: int) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        for case in (CASES["1x1"], CASES["3x3 stride 2"], PATCHES["odd"]):
+        for case in (CASES["1x1"], CASES["3x3 stride 2"], *PATCHES.values()):
             call, src, params = (
                 site_call(case),
                 source("projection", case, torch.float32),
@@ -135,11 +144,40 @@ def forward(packed: int, x: Tensor, params: SiteParams) -> tuple[Tensor, ...]:
     return y, moments
 
 
-def test_winograd_is_taken() -> None:
-    case = PATCHES["odd"]
-    x, params = image(case, 0, torch.float32), parameters(case, torch.float32)
-    direct, by_patches = (forward(packed, x, params)[0] for packed in (1, cpu_plan.OWN_ALL))
-    assert not direct.equal(by_patches)
+def results(packed: int, case: Case, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
+    """``y`` of a plain source; and both gradients with ``x`` in its place, of the ``y`` of the direct products."""
+    call, params, src = site_call(case), parameters(case, torch.float32), source("plain", case, torch.float32)
+    given = seeds(case, call, src, params)
+    monkeypatch.setattr(cpu_site, "packed", lambda *_: 1)
+    direct = site.site_forward(call, src, params)
+    monkeypatch.setattr(cpu_site, "packed", lambda *_: packed)
+    y = site.site_rebuild(call, src, params.weight)
+    other = src._replace(y=x)
+    grads = site.site_backward(call, other, x, params[:4], direct.y, direct.moments, *given, (True, True))
+    assert grads.source is not None and grads.weight is not None
+    return {"y": y, "source": grads.source, "weight": grads.weight}
+
+
+@pytest.mark.parametrize("name", ["odd", "rows of the weight"])
+def test_winograd_is_taken(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = PATCHES[name]
+    direct, by_patches = (
+        results(packed, case, image(case, 0, torch.float32), monkeypatch) for packed in (1, cpu_plan.OWN_ALL)
+    )
+    assert [name for name in direct if direct[name].equal(by_patches[name])] == []
+
+
+@pytest.mark.parametrize("name", ["odd", "rows of the weight"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38], ids=["nan", "inf", "nearly inf"])
+def test_a_weight_gradient_that_is_not_finite(value: float, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the taps and channels that meet the value are not."""
+    case = PATCHES[name]
+    x = image(case, 0, torch.float32)
+    x[1, 3, 0, :2] = value
+    direct, by_patches = (results(packed, case, x, monkeypatch)["weight"] for packed in (1, cpu_plan.OWN_ALL))
+    assert torch.equal(direct.nan_to_num(7.0, 8.0, 9.0), by_patches.nan_to_num(7.0, 8.0, 9.0))
+    assert direct[:, :3].isfinite().all()
+    assert not direct[:, 3].isfinite().all() or value == 3e38
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38], ids=["nan", "inf", "nearly inf"])

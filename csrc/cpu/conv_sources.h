@@ -122,6 +122,9 @@ class Band {
     }
   }
 
+  // A row more than the points have: for patches of another size.
+  void end_with_zeros() { zero(data_ + rows_ * pitch_, pitch_); }
+
   int64_t offset(int64_t point) const { return offsets_[point - first_]; }
   const T* data() const { return data_; }
   int64_t runs() const { return runs_; }

@@ -36,7 +36,13 @@ namespace {
 
 #include "conv_kernels.h"
 
+#include "winograd_filters.h"
+
+#include "winograd_patches.h"
+
 #include "winograd.h"
+
+#include "winograd_weight.h"
 
 // In the order of DType.
 #define RESNET_FUSED_EACH_DTYPE(kernel) \
@@ -61,10 +67,15 @@ constexpr Kernels kTable = {
     conv_dgrad<float>,
     conv_wgrad<float>,
     kMostDepth<float>,
+    kPoints * kRowPitch<float>,
     winograd_elements<float>,
     winograd_pack<float>,
+    winograd_patches<float>,
     winograd_fwd<float>,
     winograd_dgrad<float>,
+    winograd_weight_elements<float>,
+    winograd_weight_patches<float>,
+    winograd_wgrad<float>,
 };
 
 } // namespace

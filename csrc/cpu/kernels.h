@@ -107,6 +107,7 @@ struct ProjectionTask {
   bool* unfinished = nullptr;      // set where a result is not finite
 };
 constexpr int64_t kWorkspaceBytes = 1984 * 1024;
+constexpr int64_t kMostPatches = 128; // of Winograd's that are transformed together, in whole rows, one at least
 constexpr int64_t kTileRows = 128; // of a tile of statistics
 
 // Planes of ProjectionArgs::constants: of the epilogue, and of the prologue.
@@ -133,6 +134,7 @@ struct ConvArgs {
   int64_t band = 0;                // points whose images are copied at once; 0: a 1x1, read where they are
   const void* weight = nullptr;    // (K, taps, C)
   void* packed = nullptr;          // the filters in panels, whole ones
+  void* patches = nullptr;         // Winograd: of all images, transformed, or null where each task transforms its own
   bool is_mirrored = false;        // dgrad
   int64_t taps[2] = {1, 1};
   int64_t first_tap[2] = {0, 0};   // dgrad: the filter's position i is tap first_tap - i * tap_step of the weight
@@ -144,6 +146,9 @@ struct ConvArgs {
   int64_t grid_step[2] = {1, 1};
   int64_t grid_start[2] = {0, 0};
   BnArgs gradient;                 // wgrad: dy, of `outputs` channels
+  void* gradients = nullptr;       // its patches of dy, beside `patches`, in chunks of rows of them
+  void* products = nullptr;        // the sums of all chunks before, or null if there is one
+  int64_t chunk[2] = {0, 0};
   int gradient_kind = kRaw;
 };
 
@@ -151,6 +156,7 @@ struct ConvArgs {
 using ProjectionKernel = void (*)(const ProjectionArgs&, const ProjectionTask&);
 
 using ConvPack = void (*)(const ConvArgs&, int64_t begin, int64_t end); // panels
+using WinogradPack = void (*)(const ConvArgs&, int64_t begin, int64_t end, void* workspace);
 using ConvKernel = void (*)(const ConvArgs&, const ProjectionTask&);
 
 struct Kernels {
@@ -172,10 +178,15 @@ struct Kernels {
   ConvKernel conv_dgrad;
   ConvKernel conv_wgrad;
   int64_t deepest;                 // channels that Winograd's products take
-  int64_t (*winograd_elements)(const ConvArgs&, int64_t outputs);
-  ConvPack winograd_pack;
+  int64_t patch_elements;          // of a patch, transformed
+  int64_t (*winograd_elements)(const ConvArgs&);
+  WinogradPack winograd_pack;
+  ConvKernel winograd_patches;     // rows: of patches
   ConvKernel winograd_fwd;
   ConvKernel winograd_dgrad;
+  int64_t (*winograd_weight_elements)(const ConvArgs&);
+  ConvKernel winograd_weight_patches; // rows: of patches, as for the next
+  ConvKernel winograd_wgrad;
 };
 
 namespace baseline {

@@ -1,6 +1,6 @@
 #include "packed_convolution.h"
 
-#include "packed_product.h"
+#include "packed_weight.h"
 
 namespace resnet_fused::cpu {
 namespace {
@@ -163,15 +163,19 @@ Tensor PackedConvolution::backward_weight(const PackedGradient& dy, const Packed
   ImageConstants constants(C_, isa_), of_dy(K_, isa_);
   image.attach(c.image, c.kind, constants);
   dy.attach(c.gradient, c.gradient_kind, of_dy);
+  const auto shaped = [&](const Tensor& t) { return reinterpret(t, {K_, C_, R_, S_}, {R_ * S_ * C_, 1, S_ * C_, C_}); };
+  if (winograd_ && takes_winograd(c, isa_, kFilterSaving)) {
+    if (const auto weight = WeightPatches(c, isa_).run()) return shaped(*weight);
+  }
   const ProjectionSizes s = flat(C_ * R_ * S_, K_, N_ * P_ * Q_);
   const Shares shares = weight_shares(s);
   Parts parts(s, shares.rows.parts, ScalarType::Float, 0);
   shares.for_each([&](ProjectionTask& task, int64_t part) {
     task.result = parts.weight_of(part);
-    if (c.band > 0) BandMemory::of_thread().reserve(c, task);
+    if (c.band > 0) BandMemory::of_thread().reserve(c, task, std::min(c.band, task.rows[1] - task.rows[0]));
     isa_.conv_wgrad(c, task);
   });
-  return reinterpret(parts.sum(), {K_, C_, R_, S_}, {R_ * S_ * C_, 1, S_ * C_, C_});
+  return shaped(parts.sum());
 }
 
 } // namespace resnet_fused::cpu

@@ -35,37 +35,44 @@ class Buffer {
   int64_t size_ = 0;
 };
 
-// The filters in panels, by all threads; Winograd's are 16 of them, made of what they are as well.
+// The filters in panels, by all threads; Winograd's are 16 of them.
 inline void pack_filters(ConvArgs& c, const Kernels& isa, bool transformed) {
   thread_local Buffer memory;
   constexpr int64_t kTransformed = 16;
   const int64_t panels = (c.outputs + isa.panel_columns - 1) / isa.panel_columns;
-  const int64_t taps = c.filter[0] * c.filter[1] + (transformed ? kTransformed : 0);
+  const int64_t taps = transformed ? kTransformed : c.filter[0] * c.filter[1];
   const int64_t elements = taps * c.channels * panels * isa.panel_columns;
   c.packed = memory.of(elements * 4);
   const ConvArgs& args = c;
   for_parts(parts_of(panels, elements), panels, [&](int64_t, int64_t begin, int64_t end) {
-    transformed ? isa.winograd_pack(args, begin, end) : isa.conv_pack(args, begin, end);
+    transformed ? isa.winograd_pack(args, begin, end, workspace()) : isa.conv_pack(args, begin, end);
   });
 }
 
-// Whether Winograd's products are enough fewer to pay for its transforms, of the filters above all.
-inline bool takes_winograd(const ConvArgs& c, const Kernels& isa) {
-  constexpr int64_t kFewest = 32, kSaved = 2400; // channels, and multiplications of each pair of them
+// 4x4 patches of one image of the result, and of all.
+inline int64_t patches_of_image(const ConvArgs& c) { return (c.out[0] + 1) / 2 * ((c.out[1] + 1) / 2); }
+inline int64_t patches_of(const ConvArgs& c) { return c.batch * patches_of_image(c); }
+
+// Whether Winograd's threads share columns and not images: where the filters are more than the patches.
+inline bool shares_patches(const ConvArgs& c) { return c.outputs > patches_of(c); }
+
+// Whether Winograd saves `least` multiplications of each pair of channels, to pay for its transforms.
+constexpr int64_t kFilterSaving = 2400, kSharedFilterSaving = 800; // of filters that go through memory, or do not
+inline bool takes_winograd(const ConvArgs& c, const Kernels& isa, int64_t least) {
+  constexpr int64_t kFewest = 32; // channels
   const bool fits = c.filter[0] == 3 && c.filter[1] == 3 && c.stride[0] == 1 && c.stride[1] == 1 &&
       c.grid_step[0] == 1 && c.grid_step[1] == 1 && c.channels <= isa.deepest;
-  const int64_t patches = (c.out[0] + 1) / 2 * ((c.out[1] + 1) / 2);
-  const int64_t saved = c.batch * (9 * c.out[0] * c.out[1] - 16 * patches);
-  return fits && c.channels >= kFewest && c.outputs >= kFewest && saved >= kSaved;
+  const int64_t saved = 9 * c.batch * c.out[0] * c.out[1] - 16 * patches_of(c);
+  return fits && c.channels >= kFewest && c.outputs >= kFewest && saved >= least;
 }
 
 // The memory of a thread's bands.
 class BandMemory {
  public:
-  // For `points` of a grid.
-  void reserve(const ConvArgs& c, ProjectionTask& task, int64_t least = 0) {
+  // For bands of `most` points of the grid.
+  void reserve(const ConvArgs& c, ProjectionTask& task, int64_t most) {
     const int64_t per_image = std::max<int64_t>(0, c.filter[0] - c.stride[0]);
-    const int64_t points = std::min(std::max(c.band, least), task.rows[1] - task.rows[0]) + 128; // as Blocks rounds them
+    const int64_t points = most + 128; // as Blocks rounds them
     const int64_t rows = (points / c.out[1] + 2) * c.stride[0] + (points / (c.out[0] * c.out[1]) + 2) * per_image +
         c.filter[0];
     const int64_t pitch = ((c.out[1] - 1) * c.stride[1] + c.filter[1]) * c.channels;
@@ -74,10 +81,10 @@ class BandMemory {
     task.offsets = static_cast<int32_t*>(offsets_.of(points * 4));
   }
 
-  void reserve_patches(const ConvArgs& c, const Kernels& isa, ProjectionTask& task) {
-    constexpr int64_t kRows = 64; // at most, of the images that a group of patches makes
-    reserve(c, task, kRows * c.out[1]);
-    task.patches = patches_.of(isa.winograd_elements(c, task.channels[1] - task.channels[0]) * 4);
+  // For bands of whole groups of patches, and `elements` for what they are transformed to.
+  void reserve_patches(const ConvArgs& c, ProjectionTask& task, int64_t elements) {
+    reserve(c, task, std::max(c.band, 4 * std::max(kMostPatches, c.out[1])));
+    task.patches = patches_.of(elements * 4);
   }
 
   static BandMemory& of_thread() {
@@ -107,14 +114,15 @@ inline ProjectionSizes flat(int64_t depth, int64_t outputs, int64_t rows) {
   return {1, depth, rows, 1, outputs, rows, 1, {1, 1}};
 }
 
-// Runs `kernel` over parts of the result: Winograd's where it is wanted and its results are finite, else the direct one.
-// `sums` get a set of `accumulators` for each row part.
+// Runs a product over parts of the result: Winograd's where it is wanted and its results are finite, else the direct one.
+// `sums` get a set of `accumulators` for each part.
 class Product {
  public:
   Product(ConvArgs& c, const Kernels& isa, int64_t direct_unit) : c_(c), isa_(isa), direct_unit_(direct_unit) {}
 
   void run(bool wanted, Sums& sums, int64_t accumulators) {
-    const bool transformed = wanted && takes_winograd(c_, isa_) && shares(true).count() >= shares(false).count();
+    const int64_t least = shares_patches(c_) ? kSharedFilterSaving : kFilterSaving;
+    const bool transformed = wanted && takes_winograd(c_, isa_, least) && shares(true).count() >= shares(false).count();
     if (transformed && part(true, sums, accumulators)) return;
     part(false, sums, accumulators);
   }
@@ -123,13 +131,31 @@ class Product {
   // Winograd's rows are whole images, which are also the tiles of its statistics.
   Shares shares(bool transformed) const {
     const int64_t image = c_.out[0] * c_.out[1], depth = c_.filter[0] * c_.filter[1] * c_.channels;
-    return product_shares(flat(depth, c_.outputs, c_.batch * image), c_.outputs, transformed ? image : direct_unit_);
+    const int64_t unit = !transformed ? direct_unit_ : shares_patches(c_) ? c_.batch * image : image;
+    return product_shares(flat(depth, c_.outputs, c_.batch * image), c_.outputs, unit);
+  }
+
+  void transform_patches() {
+    thread_local Buffer memory;
+    c_.patches = memory.of(patches_of(c_) * isa_.patch_elements * 4);
+    const int64_t rows = c_.batch * ((c_.out[0] + 1) / 2);
+    for_parts(parts_of(rows, 16 * patches_of(c_) * c_.channels), rows, [&](int64_t, int64_t begin, int64_t end) {
+      ProjectionTask task;
+      task.rows[0] = begin;
+      task.rows[1] = end;
+      BandMemory::of_thread().reserve(c_, task, std::max(c_.band, 4 * c_.out[1]));
+      isa_.winograd_patches(c_, task);
+    });
+  }
+
+  void prepare(bool transformed) {
+    c_.patches = nullptr;
+    transformed && shares_patches(c_) ? transform_patches() : pack_filters(c_, isa_, transformed);
   }
 
   bool part(bool transformed, Sums& sums, int64_t accumulators) {
-    const int64_t image = c_.out[0] * c_.out[1];
-    pack_filters(c_, isa_, transformed);
-    if (!c_.is_mirrored) c_.store.tile_rows = transformed ? image : kStatisticsRows;
+    prepare(transformed);
+    if (!c_.is_mirrored) c_.store.tile_rows = transformed ? c_.out[0] * c_.out[1] : kStatisticsRows;
     const Shares shares = this->shares(transformed);
     const ConvKernel kernel = transformed ? (c_.is_mirrored ? isa_.winograd_dgrad : isa_.winograd_fwd)
                                           : (c_.is_mirrored ? isa_.conv_dgrad : isa_.conv_fwd);
@@ -141,9 +167,9 @@ class Product {
       task.sums = sums[own].data();
       task.unfinished = &is_unfinished;
       if (transformed) {
-        BandMemory::of_thread().reserve_patches(c_, isa_, task);
+        BandMemory::of_thread().reserve_patches(c_, task, isa_.winograd_elements(c_));
       } else if (c_.band > 0) {
-        BandMemory::of_thread().reserve(c_, task);
+        BandMemory::of_thread().reserve(c_, task, std::min(c_.band, task.rows[1] - task.rows[0]));
       }
       kernel(c_, task);
       unfinished[own] = static_cast<char>(is_unfinished);
