@@ -9,6 +9,7 @@
 // Layouts of packed panels, d being the step of the depth:
 //   right        element (d, column) at d * kPanelColumns + column, columns padded with zeros
 //   left, rows   element (row, d) at row * kRowPitch + d: a constant pitch, so that one pointer serves all rows
+//   left, short rows   the same where no row is longer than kMostShort, with a pitch that spares pages
 //   left, depth  element (row, d) at d * kDepthPitch + row
 
 // Rows of a panel, and of a register tile of more than two vectors.
@@ -29,7 +30,18 @@ constexpr int64_t kRowPitch = kMostDepth<T> + 64 / sizeof(T);
 template <class T>
 constexpr int64_t kDepthPitch = (kPanelRows + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
 
-enum LeftLayout : int { kByRows, kByDepth };
+template <class T>
+constexpr int64_t kMostShort = 256 / sizeof(T);
+template <class T>
+constexpr int64_t kShortPitch = kMostShort<T> + 64 / sizeof(T);
+
+enum LeftLayout : int { kByRows, kByShortRows, kByDepth };
+
+// Elements from a row to the next, and from a step of the depth to the next.
+template <class T, LeftLayout layout>
+constexpr int64_t kAcross = layout == kByRows ? kRowPitch<T> : layout == kByShortRows ? kShortPitch<T> : 1;
+template <class T, LeftLayout layout>
+constexpr int64_t kAlong = layout == kByDepth ? kDepthPitch<T> : 1;
 
 // What to ask of memory while a tile is computed: `step` bytes further with each step of the depth.
 struct Ahead {
@@ -49,7 +61,7 @@ using MicroKernel = void (*)(int64_t depth, const T* left, const T* right, T* ou
 
 template <class T, LeftLayout layout, int vectors, int rows>
 void micro_kernel(int64_t depth, const T* left, const T* right, T* out, int64_t pitch, bool add, Ahead ahead) {
-  constexpr int64_t across = layout == kByRows ? kRowPitch<T> : 1, along = layout == kByRows ? 1 : kDepthPitch<T>;
+  constexpr int64_t across = kAcross<T, layout>, along = kAlong<T, layout>;
   Vec<T> acc[rows][vectors] = {};
   for (int r = 0; add && r < rows; ++r) {
     for (int v = 0; v < vectors; ++v) __builtin_prefetch(out + r * pitch + v * kLanes<T>, 1);
@@ -113,7 +125,7 @@ template <class T, LeftLayout layout, int vectors>
 void multiply_tile_by(int rows, int64_t depth, const T* left, const T* right, T* out, int64_t pitch, bool add,
                       Ahead ahead) {
   using Kernels = MicroKernels<T, layout, vectors>;
-  constexpr int64_t across = layout == kByRows ? kRowPitch<T> : 1, along = layout == kByRows ? 1 : kDepthPitch<T>;
+  constexpr int64_t across = kAcross<T, layout>, along = kAlong<T, layout>;
   const int64_t chains = depth > kChain ? (depth + kChain - 1) / kChain : 1;
   const int upper = rows > Kernels::kMostRows ? (rows + 1) / 2 : rows, lower = rows - upper;
   static_assert(2 * Kernels::kMostRows >= kPanelRows);

@@ -67,7 +67,7 @@ constexpr Kernels kTable = {
     conv_dgrad<float>,
     conv_wgrad<float>,
     kMostDepth<float>,
-    kPoints * kRowPitch<float>,
+    patch_pitch<float>,
     winograd_elements<float>,
     winograd_pack<float>,
     winograd_patches<float>,

@@ -178,7 +178,7 @@ struct Kernels {
   ConvKernel conv_dgrad;
   ConvKernel conv_wgrad;
   int64_t deepest;                 // channels that Winograd's products take
-  int64_t patch_elements;          // of a patch, transformed
+  int64_t (*patch_pitch)(const ConvArgs&); // elements of each of the 16 of a patch
   int64_t (*winograd_elements)(const ConvArgs&);
   WinogradPack winograd_pack;
   ConvKernel winograd_patches;     // rows: of patches

@@ -59,7 +59,7 @@ inline bool shares_patches(const ConvArgs& c) { return c.outputs > patches_of(c)
 // Whether Winograd saves `least` multiplications of each pair of channels, to pay for its transforms.
 constexpr int64_t kFilterSaving = 2400, kSharedFilterSaving = 800; // of filters that go through memory, or do not
 inline bool takes_winograd(const ConvArgs& c, const Kernels& isa, int64_t least) {
-  constexpr int64_t kFewest = 32; // channels
+  constexpr int64_t kFewest = 16; // channels
   const bool fits = c.filter[0] == 3 && c.filter[1] == 3 && c.stride[0] == 1 && c.stride[1] == 1 &&
       c.grid_step[0] == 1 && c.grid_step[1] == 1 && c.channels <= isa.deepest;
   const int64_t saved = 9 * c.batch * c.out[0] * c.out[1] - 16 * patches_of(c);
@@ -137,7 +137,7 @@ class Product {
 
   void transform_patches() {
     thread_local Buffer memory;
-    c_.patches = memory.of(patches_of(c_) * isa_.patch_elements * 4);
+    c_.patches = memory.of(16 * patches_of(c_) * isa_.patch_pitch(c_) * 4);
     const int64_t rows = c_.batch * ((c_.out[0] + 1) / 2);
     for_parts(parts_of(rows, 16 * patches_of(c_) * c_.channels), rows, [&](int64_t, int64_t begin, int64_t end) {
       ProjectionTask task;

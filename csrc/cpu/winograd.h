@@ -18,7 +18,7 @@ int64_t winograd_elements(const ConvArgs& c) {
   using T = Opmath<A>;
   const PatchGrid grid(c);
   const int64_t patches = PatchGroup<T>(c, grid, grid.rows).most * grid.across;
-  const int64_t own = c.patches == nullptr ? patches * kRowPitch<T> : c.channels * kBlockColumns;
+  const int64_t own = c.patches == nullptr ? patches * patch_pitch<T>(c) : c.channels * kBlockColumns;
   return kPoints * (own + patches * kBlockColumns) + 4 * patches * kBlockColumns;
 }
 
@@ -28,7 +28,12 @@ class PatchProduct {
  public:
   // `memory`: of M and the results of `patches`.
   PatchProduct(const ConvArgs& c, const PatchGrid& grid, Store& store, T* memory, int64_t patches)
-      : c_(c), grid_(grid), store_(store), product_(memory), results_(memory + kPoints * patches * kBlockColumns) {}
+      : c_(c),
+        grid_(grid),
+        store_(store),
+        product_(memory),
+        results_(memory + kPoints * patches * kBlockColumns),
+        pitch_(c.outputs < kBlockColumns ? (c.outputs + kLanes<T> - 1) / kLanes<T> * kLanes<T> : kBlockColumns) {}
 
   bool is_finite() const { return is_zero(unfinished_); }
 
@@ -47,15 +52,17 @@ class PatchProduct {
       store_.ahead(look, first + from, static_cast<int>(to - from), column, columns);
       look.share(whole_panels<T>(columns) / kPanelColumns<T> * cut.count * c_.channels *
                  calls_of_tile<T>(kPanelRows, columns));
-      multiply(cut, left + point * left_pitch, right + point * right_pitch, columns,
-               product_ + point * patches_ * kBlockColumns, look);
+      T* out = product_ + point * patches_ * pitch_;
+      c_.channels <= kMostShort<T>
+          ? multiply<kByShortRows>(cut, left + point * left_pitch, right + point * right_pitch, columns, out, look)
+          : multiply<kByRows>(cut, left + point * left_pitch, right + point * right_pitch, columns, out, look);
     }
-    const int64_t row_pitch = 2 * grid_.across * kBlockColumns;
+    const int64_t row_pitch = 2 * grid_.across * pitch_;
     T* results = results_;
     const T* product = product_;
     for (int64_t row = rows.begin; row < rows.end; ++row, results += 2 * row_pitch) {
-      for (int64_t i = 0; i < grid_.across; ++i, product += kBlockColumns) {
-        inverse(product, results + 2 * i * kBlockColumns, row_pitch, grid_.made(row) == 2,
+      for (int64_t i = 0; i < grid_.across; ++i, product += pitch_) {
+        inverse(product, results + 2 * i * pitch_, row_pitch, grid_.made(row) == 2,
                 2 * i + 1 < grid_.width, columns);
       }
       for (int64_t i = 0; i < grid_.made(row); ++i) {
@@ -66,6 +73,7 @@ class PatchProduct {
 
  private:
   // A part of the depth after another: U's part is in the first-level cache for all panels.
+  template <LeftLayout layout>
   void multiply(const Panels& cut, const T* left, const T* right, int64_t columns, T* out, LookAhead& look) const {
     const int64_t C = c_.channels, chains = C > kChain ? (C + kChain - 1) / kChain : 1;
     for (int64_t j = 0; j < columns; j += kPanelColumns<T>, right += C * kPanelColumns<T>) {
@@ -73,16 +81,16 @@ class PatchProduct {
         const int64_t d = C * chain / chains, steps = C * (chain + 1) / chains - d;
         for (int64_t p = 0; p < cut.count; ++p) {
           const Ahead ahead = look.take(steps * calls_of_tile<T>(cut.rows(p), columns - j));
-          multiply_tile<T, kByRows>(cut.rows(p), columns - j, steps, left + cut.start(p) * kRowPitch<T> + d,
-                                    right + d * kPanelColumns<T>, out + cut.start(p) * kBlockColumns + j,
-                                    kBlockColumns, chain > 0, ahead);
+          multiply_tile<T, layout>(cut.rows(p), columns - j, steps, left + cut.start(p) * kAcross<T, layout> + d,
+                                   right + d * kPanelColumns<T>, out + cut.start(p) * pitch_ + j, pitch_, chain > 0,
+                                   ahead);
         }
       }
     }
   }
 
   void inverse(const T* product, T* out, int64_t row, bool below, bool beside, int64_t columns) {
-    const int64_t next = patches_ * kBlockColumns;
+    const int64_t next = patches_ * pitch_;
     for (int64_t k = 0; k < columns; k += kLanes<T>) {
       Vec<T> upper[kSide], lower[kSide];
 #pragma GCC unroll 4
@@ -93,9 +101,9 @@ class PatchProduct {
         lower[s] = b - c - load_vec(at + 3 * kSide * next);
       }
       put(out + k, upper[0] + upper[1] + upper[2], true);
-      put(out + kBlockColumns + k, upper[1] - upper[2] - upper[3], beside);
+      put(out + pitch_ + k, upper[1] - upper[2] - upper[3], beside);
       put(out + row + k, lower[0] + lower[1] + lower[2], below);
-      put(out + row + kBlockColumns + k, lower[1] - lower[2] - lower[3], below && beside);
+      put(out + row + pitch_ + k, lower[1] - lower[2] - lower[3], below && beside);
     }
   }
 
@@ -107,7 +115,7 @@ class PatchProduct {
   void finish(T* results, int64_t point, int64_t column, int64_t columns) const {
     for (int64_t q = 0; q < grid_.width; q += kPanelRows) {
       const int64_t rows = grid_.width - q < kPanelRows ? grid_.width - q : kPanelRows;
-      store_.finish(results + q * kBlockColumns, kBlockColumns, point + q, static_cast<int>(rows), column, columns);
+      store_.finish(results + q * pitch_, pitch_, point + q, static_cast<int>(rows), column, columns);
     }
   }
 
@@ -116,14 +124,15 @@ class PatchProduct {
   Store& store_;
   T* const product_;
   T* const results_;
+  const int64_t pitch_; // of rows of the products and the results
   int64_t patches_ = 0;
   Vec<T> unfinished_{};
 };
 
 // The places of left panels by rows.
 template <class T>
-ALWAYS_INLINE auto by_rows(T* left) {
-  return [left](int64_t patch, int64_t channel) { return left + patch * kRowPitch<T> + channel; };
+ALWAYS_INLINE auto by_rows(T* left, int64_t pitch) {
+  return [=](int64_t patch, int64_t channel) { return left + patch * pitch + channel; };
 }
 
 // V of the rows of patches that the task has, for winograd_columns.
@@ -131,10 +140,11 @@ template <class A>
 void winograd_patches(const ConvArgs& c, const ProjectionTask& task) {
   using T = Opmath<A>;
   const PatchGrid grid(c);
+  const int64_t pitch = patch_pitch<T>(c);
   with_source<A>(c.image, c.kind, c.batch * c.in[0] * c.in[1], c.channels, [&](const auto& source) {
     for_patch_bands<T>(c, task, grid, {task.rows[0], task.rows[1]}, 1, source, [&](const Band<T>& band, Range rows) {
-      T* out = static_cast<T*>(c.patches) + rows.begin * grid.across * kRowPitch<T>;
-      transform_patches(c, grid, band, rows, grid.rows * grid.across * kRowPitch<T>, by_rows(out));
+      T* out = static_cast<T*>(c.patches) + rows.begin * grid.across * pitch;
+      transform_patches(c, grid, band, rows, grid.rows * grid.across * pitch, by_rows(out, pitch));
     });
   });
 }
@@ -147,15 +157,14 @@ void winograd_columns(const ConvArgs& c, const ProjectionTask& task, Store& stor
   const PatchGroup<T> group(c, grid, grid.rows);
   T* filters = static_cast<T*>(task.patches);
   const T* patches = static_cast<const T*>(c.patches);
-  const int64_t pitch = c.channels * kBlockColumns, left_pitch = grid.rows * grid.across * kRowPitch<T>;
+  const int64_t pitch = c.channels * kBlockColumns, row = grid.across * patch_pitch<T>(c), left_pitch = grid.rows * row;
   PatchProduct<T, Store> product(c, grid, store, filters + kPoints * pitch, group.most * grid.across);
   for (int64_t j = task.channels[0]; j < task.channels[1]; j += kBlockColumns) {
     const int64_t stop = j + kBlockColumns < task.channels[1] ? j + kBlockColumns : task.channels[1];
     transform_filters<A>(c, {j, stop}, filters, pitch, task.workspace);
-    for (int64_t row = 0; row < grid.rows; row += group.rows) {
-      const int64_t end = row + group.rows < grid.rows ? row + group.rows : grid.rows;
-      product.run({row, end}, patches + row * grid.across * kRowPitch<T>, left_pitch, j, stop - j, filters, pitch,
-                  filters);
+    for (int64_t i = 0; i < grid.rows; i += group.rows) {
+      const int64_t end = i + group.rows < grid.rows ? i + group.rows : grid.rows;
+      product.run({i, end}, patches + i * row, left_pitch, j, stop - j, filters, pitch, filters);
     }
   }
   fence_streams();
@@ -172,7 +181,7 @@ void winograd(const ConvArgs& c, const ProjectionTask& task, Store& store) {
   const Range own{task.rows[0] / image * grid.down, task.rows[1] / image * grid.down};
   const PatchGroup<T> group(c, grid, own.end - own.begin);
   T* left = static_cast<T*>(task.patches);
-  const int64_t patches = group.most * grid.across, left_pitch = patches * kRowPitch<T>;
+  const int64_t patches = group.most * grid.across, pitch = patch_pitch<T>(c), left_pitch = patches * pitch;
   const int64_t right_pitch = C * whole_panels<T>(c.outputs);
   const T* filters = static_cast<const T*>(c.packed);
   PatchProduct<T, Store> product(c, grid, store, left + kPoints * left_pitch, patches);
@@ -180,7 +189,7 @@ void winograd(const ConvArgs& c, const ProjectionTask& task, Store& store) {
     for_patch_bands<T>(c, task, grid, own, group.rows, source, [&](const Band<T>& band, Range rows) {
       for (int64_t row = rows.begin; row < rows.end; row += group.rows) {
         const Range some{row, row + group.rows < rows.end ? row + group.rows : rows.end};
-        transform_patches(c, grid, band, some, left_pitch, by_rows(left));
+        transform_patches(c, grid, band, some, left_pitch, by_rows(left, pitch));
         for (int64_t j = task.channels[0]; j < task.channels[1]; j += kBlockColumns) {
           const int64_t columns = task.channels[1] - j, next = columns > kBlockColumns ? j + kBlockColumns
                                                                                        : task.channels[0];

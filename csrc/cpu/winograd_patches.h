@@ -24,6 +24,12 @@ struct PatchGrid {
   int64_t made(int64_t row) const { return 2 * (row % down) + 1 < height ? 2 : 1; }
 };
 
+// Elements of one of the 16 of a patch: rows of a left panel.
+template <class T>
+int64_t patch_pitch(const ConvArgs& c) {
+  return c.channels <= kMostShort<T> ? kShortPitch<T> : kRowPitch<T>;
+}
+
 // How many rows of patches are transformed together.
 template <class T>
 struct PatchGroup {
