@@ -37,4 +37,5 @@ STABLE_TORCH_LIBRARY_FRAGMENT(resnet_fused, m) {
       "bool bias, bool allow_tf32) -> (Tensor, Tensor)");
   m.def("cpu_isa() -> str");
   m.def("set_cpu_isa(str name) -> ()");
+  m.def("release_memory() -> int");
 }

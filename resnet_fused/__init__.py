@@ -10,6 +10,7 @@ from .analysis import LayerResponses, layer_responses, watch_responses
 from .blocks import BasicBlock, Bottleneck, ConvBNReLU, PlainBlock, Stem
 from .checking import check
 from .checkpoints import Conversion, ConversionError, convert, convert_file, convert_optimizer
+from .engines.cpu import release_memory
 from .explain import explain
 from .fold import fold, unfold
 from .freeze import freeze_bn, freeze_stages, unfreeze_bn, unfreeze_stages
@@ -67,6 +68,7 @@ __all__ = [
     "plain",
     "protected_statistics",
     "register_block",
+    "release_memory",
     "resnet",
     "resnet18",
     "resnet34",

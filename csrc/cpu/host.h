@@ -9,6 +9,7 @@
 
 #include "../checks.h"
 #include "../layout.h"
+#include "activation_memory.h"
 #include "dispatch.h"
 
 namespace resnet_fused::cpu {
@@ -43,7 +44,16 @@ inline Tensor empty_table(int64_t rows, int64_t channels, ScalarType dtype) {
 }
 
 inline Tensor empty_channels_last(int64_t n, int64_t c, int64_t h, int64_t w, ScalarType dtype) {
-  return empty({n, c, h, w}, {h * w * c, 1, w * c, c}, dtype);
+  const int64_t sizes[] = {n, c, h, w}, strides[] = {h * w * c, 1, w * c, c};
+  const int64_t bytes = n * c * h * w * (dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2);
+  if (bytes < kLeastKept) return empty({n, c, h, w}, {h * w * c, 1, w * c, c}, dtype);
+  const ActivationMemory memory = take_activation(bytes);
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(
+      memory.data, 4, sizes, strides, 0, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+      aoti_torch_device_type_cpu(), -1, &handle, aoti_torch_layout_strided(), nullptr, 0, give_back_activation,
+      memory.context));
+  return Tensor(handle);
 }
 
 inline Tensor empty_channels_last_like(const Tensor& t) {
