@@ -38,4 +38,5 @@ STABLE_TORCH_LIBRARY_FRAGMENT(resnet_fused, m) {
   m.def("cpu_isa() -> str");
   m.def("set_cpu_isa(str name) -> ()");
   m.def("release_memory() -> int");
+  m.def("keep_memory(bool on) -> bool");
 }

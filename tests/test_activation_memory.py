@@ -9,6 +9,7 @@ import threading
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, kineto_available, profile
 
 import resnet_fused
 from resnet_fused.engines import cpu, cpu_site
@@ -88,6 +89,22 @@ def test_threads_do_not_share_memory() -> None:
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+@pytest.mark.skipif(not kineto_available(), reason="torch was built without its profiler")
+def test_the_profiler_sees_what_is_not_kept() -> None:
+    def allocated() -> int:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+            held = cpu.bn_apply(y, MOMENTS, None, None, 1, 0, False)
+        del held
+        return sum(event.self_cpu_memory_usage for event in profiler.key_averages())
+
+    y = torch.ones(2, 16, 128, 128).to(memory_format=torch.channels_last)
+    with cpu.unkept_memory():
+        assert allocated() == 2 * MEGABYTES
+        assert resnet_fused.release_memory() == 0
+    assert allocated() == 0
+    assert resnet_fused.release_memory() == 2 * MEGABYTES
 
 
 def test_it_can_be_turned_off() -> None:

@@ -85,13 +85,15 @@ Cache& cache() {
   return *kept;
 }
 
-bool is_on() {
-  static const bool on = [] {
+std::atomic<bool>& keeping() {
+  static std::atomic<bool> on{[] {
     const char* value = std::getenv("RESNET_FUSED_KEEP_MEMORY");
     return value == nullptr || value[0] != '0' || value[1] != '\0';
-  }();
+  }()};
   return on;
 }
+
+bool keep_memory(bool on) { return keeping().exchange(on); }
 
 int64_t release_memory() {
   const std::lock_guard<std::mutex> lock(cache().mutex);
@@ -100,10 +102,12 @@ int64_t release_memory() {
 
 } // namespace
 
+bool keeps_activations() { return keeping().load(std::memory_order_relaxed); }
+
 ActivationMemory take_activation(int64_t bytes) {
   const int64_t whole = (bytes + kLine - 1) / kLine * kLine;
   const std::unique_lock<std::mutex> lock(cache().mutex, std::try_to_lock);
-  if (lock.owns_lock() && is_on()) {
+  if (lock.owns_lock()) {
     const Block block = cache().take(whole);
     return {block.data, reinterpret_cast<void*>(block.bytes)};
   }
@@ -124,6 +128,7 @@ void give_back_activation(void* data, void* context) {
 
 STABLE_TORCH_LIBRARY_IMPL(resnet_fused, CompositeExplicitAutograd, m) {
   m.impl("release_memory", TORCH_BOX(&release_memory));
+  m.impl("keep_memory", TORCH_BOX(&keep_memory));
 }
 
 } // namespace resnet_fused::cpu

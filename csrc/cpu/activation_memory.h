@@ -11,6 +11,10 @@
 
 namespace resnet_fused::cpu {
 
+// Whether memory is kept: not with RESNET_FUSED_KEEP_MEMORY=0, nor after keep_memory(False). Then torch allocates it, and
+// its profiler sees it.
+bool keeps_activations();
+
 // Tensors of fewer bytes come from the heap, which keeps its pages.
 constexpr int64_t kLeastKept = 1 << 20;
 

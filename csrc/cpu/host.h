@@ -46,7 +46,7 @@ inline Tensor empty_table(int64_t rows, int64_t channels, ScalarType dtype) {
 inline Tensor empty_channels_last(int64_t n, int64_t c, int64_t h, int64_t w, ScalarType dtype) {
   const int64_t sizes[] = {n, c, h, w}, strides[] = {h * w * c, 1, w * c, c};
   const int64_t bytes = n * c * h * w * (dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2);
-  if (bytes < kLeastKept) return empty({n, c, h, w}, {h * w * c, 1, w * c, c}, dtype);
+  if (bytes < kLeastKept || !keeps_activations()) return empty({n, c, h, w}, {h * w * c, 1, w * c, c}, dtype);
   const ActivationMemory memory = take_activation(bytes);
   AtenTensorHandle handle = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..engines import cpu
 from ..train.memory import Kept
 from .contest import Contestant
 
@@ -57,7 +58,10 @@ def _peak_of_cpu(run: Callable[[], object]) -> int | None:
     if not kineto_available():
         run()
         return None
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+    with (
+        cpu.unkept_memory(),
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler,
+    ):
         run()
     results = profiler.profiler.kineto_results
     records = [event for event in results.events() if event.name() == "[memory]"]

@@ -12,8 +12,9 @@ RESNET_FUSED_CPU_ISA (baseline, avx2 or avx512) overrides the instruction set ch
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ __all__ = [
     "pool_bwd",
     "release_memory",
     "set_isa",
+    "unkept_memory",
 ]
 
 _OPS = (
@@ -119,12 +121,28 @@ def release_memory() -> int:
     """Give the memory kept for the next step's activations back to the operating system; how many bytes it was.
 
     Fused blocks on the CPU keep the memory of large activations from one step to the next, never more than they had in
-    use at once (``RESNET_FUSED_KEEP_MEMORY=0`` in the environment: none). Tensors in use are not touched.
+    use at once (``RESNET_FUSED_KEEP_MEMORY=0`` in the environment: none). Tensors in use are not touched. torch's profiler
+    does not see memory that is kept.
 
     Equivalent to: ``torch.cuda.empty_cache()``, for the CPU engine.
     """
     ops = torch.ops.resnet_fused
     return ops.release_memory() if load() is None and hasattr(ops, "release_memory") else 0
+
+
+@contextlib.contextmanager
+def unkept_memory() -> Iterator[None]:
+    """Within it every activation is allocated by torch, whose profiler then sees it; what was kept is given back."""
+    ops = torch.ops.resnet_fused
+    if load() is not None or not hasattr(ops, "keep_memory"):
+        yield
+        return
+    before = ops.keep_memory(False)
+    ops.release_memory()
+    try:
+        yield
+    finally:
+        ops.keep_memory(before)
 
 
 def bn_stats(y: Tensor) -> Tensor:
