@@ -121,8 +121,8 @@ def release_memory() -> int:
     """Give the memory kept for the next step's activations back to the operating system; how many bytes it was.
 
     Fused blocks on the CPU keep the memory of large activations from one step to the next, never more than they had in
-    use at once (``RESNET_FUSED_KEEP_MEMORY=0`` in the environment: none). Tensors in use are not touched. torch's profiler
-    does not see memory that is kept.
+    use at once (``RESNET_FUSED_KEEP_MEMORY=0`` in the environment: none). Tensors in use are not touched. The profiler
+    of torch does not see memory that is kept.
 
     Equivalent to: ``torch.cuda.empty_cache()``, for the CPU engine.
     """
