@@ -1,7 +1,9 @@
 """Every convolution of a net's training step on the CPU as its site runs it, ours beside the library's, in GFLOP/s.
 
 Forward, dgrad and wgrad of each site with the batch norm and ReLU around it: what `tune` races. A candidate that breaks
-the numerics law is not timed. ``peak`` is `torch.mm` of two 2048 x 2048 matrices, in turns with them.
+the numerics law is not timed. In turns with them: ``peak``, `torch.mm` of two 2048 x 2048 matrices, and ``copy`` of
+64 MiB. A part's roof is the least time that these two rates allow: of the products, of which Winograd needs 4 of 9, or
+of the bytes of every activation and weight that must be read or written once.
 
 python -m pytest benchmarks/test_bench_sites.py --threads 2 --rounds 9
 """
@@ -27,6 +29,8 @@ pytestmark = pytest.mark.skipif(cpu.load() is not None, reason=str(cpu.load()))
 
 NETS = {"resnet18": None, "resnet50": None, "cifar-20": (128, 3, 32, 32)}
 SIDE = 2048
+COPIED = 64 << 20
+WINOGRAD = 4 / 9  # of the products of a 3x3 of stride 1
 
 
 def problems(name: str, batch: int, image: int) -> list[SiteProblem]:
@@ -42,7 +46,9 @@ def problems(name: str, batch: int, image: int) -> list[SiteProblem]:
 def test_sites(name: str, part: str, benchmark: Any, request: pytest.FixtureRequest) -> None:
     option, rows = request.config.option, request.config.stash[ROWS]
     left, right = torch.randn(SIDE, SIDE), torch.randn(SIDE, SIDE)
+    source, target = (torch.zeros(COPIED // 4) for _ in range(2))
     steps: dict[str, Step] = {}
+    shapes: dict[str, plan.ConvShape] = {}
     work: dict[str, float] = {"peak": 2.0 * SIDE**3}
     for problem in problems(name, option.batch, option.image):
         prepared = [make_inputs(use, problem.key, torch.device("cpu")) for use in problem.uses[:1]]
@@ -51,31 +57,53 @@ def test_sites(name: str, part: str, benchmark: Any, request: pytest.FixtureRequ
         tried = {OURS: variant(problem, plan.OWN, {}), "library": variant(problem, plan.LIBRARY, {})}
         assert not faults(list(tried.values()), problem, prepared, part)
         work[str(problem)] = 2.0 * problem.cost / problem.count
+        shapes[str(problem)] = problem.shape
         for label, candidate in tried.items():
             steps[f"{label}: {problem}"] = whole(_run(candidate.table, prepared[0], part))
     steps["peak"] = whole(lambda: torch.mm(left, right))
+    steps["copy"] = whole(lambda: target.copy_(source))
     race = Race(steps)
     race.warm_up(option.warm_up)
     benchmark.pedantic(race.round, rounds=option.rounds, iterations=1, warmup_rounds=0)
     assert not race.failed, race.failed
-    rates = {label: _rate(race, label, work[label.partition(": ")[2] or label]) for label in steps}
-    benchmark.extra_info.update(gflops=rates, dtype="fp32")
-    for problem in (key for key in work if key != "peak"):
-        ours, library = rates[f"{OURS}: {problem}"], rates[f"library: {problem}"]
+    times = {label: _milliseconds(race, label) for label in steps}
+    rates = {label: work[label.partition(": ")[2] or label] / times[label] / 1e6 for label in steps if label != "copy"}
+    bandwidth = 2 * COPIED / times["copy"] / 1e6
+    roofs = {}
+    for problem, shape in shapes.items():
+        products = work[problem] * (WINOGRAD if _by_patches(shape) else 1) / rates["peak"] / 1e6
+        roofs[problem] = max(products, _bytes(shape, part) / bandwidth / 1e6)
         found = race.compare(f"{OURS}: {problem}", f"library: {problem}")
-        share = 100 * ours / rates["peak"]
-        words = f"{name} {part} {problem}: {ours:.0f} GFLOP/s, {share:.0f} % of mm's {rates['peak']:.0f}"
-        rows.append(
-            (
-                found.ratio,
-                f"{found.ratio:.2f}x [{found.low:.2f}, {found.high:.2f}]".ljust(24) + f"{words}; library {library:.0f}",
-            )
+        share, bound = (
+            roofs[problem] / times[f"{OURS}: {problem}"],
+            "products" if products >= roofs[problem] else "bytes",
         )
+        ratio = f"{found.ratio:.2f}x [{found.low:.2f}, {found.high:.2f}]".ljust(24)
+        ours, library = rates[f"{OURS}: {problem}"], rates[f"library: {problem}"]
+        words = f"{name} {part} {problem}: {ours:.0f} GFLOP/s, {100 * share:.0f} % of the roof of its {bound}"
+        rows.append((found.ratio, f"{ratio}{words}; library {library:.0f}"))
+    benchmark.extra_info.update(
+        gflops=rates, milliseconds=times, roof_milliseconds=roofs, gigabytes_per_second=bandwidth, dtype="fp32"
+    )
 
 
-def _rate(race: Race, label: str, flops: float) -> float:
-    """GFLOP/s by the median time."""
-    return flops / race.figures(label)["milliseconds"]["step"]["median"] / 1e6
+def _by_patches(shape: plan.ConvShape) -> bool:
+    return shape.filter == (3, 3) and shape.stride == (1, 1) and min(shape.c, shape.k) >= 16
+
+
+def _bytes(shape: plan.ConvShape, part: str) -> int:
+    """Of the tensors that must be read or written once: of the batch norm's backward, ``g`` and ``y``."""
+    p, q = ((size + 2 * pad - taps) // step + 1 for size, pad, taps, step in zip(
+        (shape.h, shape.w), shape.padding, shape.filter, shape.stride, strict=True
+    ))  # fmt: skip
+    source, made = shape.n * shape.c * shape.h * shape.w, shape.n * shape.k * p * q
+    weight = shape.k * shape.c * shape.filter[0] * shape.filter[1]
+    elements = {"fwd": source + made, "dgrad": 2 * made + 2 * source, "wgrad": 2 * made + source}[part]
+    return 4 * (elements + weight)
+
+
+def _milliseconds(race: Race, label: str) -> float:
+    return race.figures(label)["milliseconds"]["step"]["median"]
 
 
 def _run(table: Table, inputs: Inputs, part: str) -> Any:

@@ -219,6 +219,25 @@ def test_what_they_cannot_run_is_the_library_s(why: str) -> None:
     assert found.name != plan.OWN and found.reason == reason
 
 
+SLOWER = {
+    "one image of few points": (
+        {"n": 1, "c": 512, "h": 4, "w": 4, "k": 512},
+        "16 points of one image: packing the weight costs more",
+    ),
+    "a narrow stem": ({"c": 3, "k": 16}, "3 channels and 16 outputs fill no register tile"),
+}
+
+
+@pytest.mark.skipif(REASON is None and cpu.isa() == "baseline", reason="without AVX2 the library runs everything")
+@pytest.mark.parametrize("why", SLOWER)
+def test_where_they_are_slower_the_library_runs(why: str) -> None:
+    changes, reason = SLOWER[why]
+    found = cpu_plan.variant(dataclasses.replace(SHAPE, **changes))
+    assert found == plan.Variant(plan.LIBRARY, reason)
+    wider = {"n": 2} if "n" in changes else {"k": 17}
+    assert cpu_plan.variant(dataclasses.replace(SHAPE, **{**changes, **wider})).name == plan.OWN
+
+
 def test_what_was_measured_decides() -> None:
     case = PATCHES["even"]
     call, params = site_call(case), parameters(case, torch.float32)
