@@ -167,6 +167,16 @@ def test_winograd_is_taken(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [name for name in direct if direct[name].equal(by_patches[name])] == []
 
 
+@pytest.mark.parametrize("name", ["odd", "rows of the weight", "more filters than patches"])
+def test_what_was_in_memory_before_does_not_matter(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = PATCHES[name]
+    x = image(case, 0, torch.float32)
+    first = results(cpu_plan.OWN_ALL, case, x, monkeypatch)
+    results(cpu_plan.OWN_ALL, case, torch.full_like(x, float("nan")), monkeypatch)
+    second = results(cpu_plan.OWN_ALL, case, x, monkeypatch)
+    assert [name for name in first if not first[name].equal(second[name])] == []
+
+
 @pytest.mark.parametrize("name", ["odd", "rows of the weight"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38], ids=["nan", "inf", "nearly inf"])
 def test_a_weight_gradient_that_is_not_finite(value: float, name: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,8 +122,8 @@ class Band {
     }
   }
 
-  // A row more than the points have: for patches of another size.
-  void end_with_zeros() { zero(data_ + rows_ * pitch_, pitch_); }
+  // A row more than the points have, and the pixels that follow it: for patches that are larger than the filter.
+  void end_with_zeros() { zero(data_ + rows_ * pitch_, pitch_ + run_); }
 
   int64_t offset(int64_t point) const { return offsets_[point - first_]; }
   const T* data() const { return data_; }
