@@ -3,7 +3,7 @@
 A row for each size: ours against eager channels_last, and what a megapixel of images costs. Where the work grows and
 its cost jumps up, a kernel has fallen off a cliff.
 
-python -m pytest benchmarks/test_bench_scaling.py --benchmark-quiet --rounds 5
+python -m pytest benchmarks/test_bench_scaling.py --benchmark-quiet --rounds 7
 """
 
 from __future__ import annotations

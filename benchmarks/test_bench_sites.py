@@ -10,6 +10,8 @@ python -m pytest benchmarks/test_bench_sites.py --threads 2 --rounds 9
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -74,17 +76,29 @@ def test_sites(name: str, part: str, benchmark: Any, request: pytest.FixtureRequ
         products = work[problem] * (WINOGRAD if _by_patches(shape) else 1) / rates["peak"] / 1e6
         roofs[problem] = max(products, _bytes(shape, part) / bandwidth / 1e6)
         found = race.compare(f"{OURS}: {problem}", f"library: {problem}")
-        share, bound = (
-            roofs[problem] / times[f"{OURS}: {problem}"],
-            "products" if products >= roofs[problem] else "bytes",
-        )
+        share = roofs[problem] / times[f"{OURS}: {problem}"]
+        bound = "products" if products >= roofs[problem] else "bytes"
         ratio = f"{found.ratio:.2f}x [{found.low:.2f}, {found.high:.2f}]".ljust(24)
         ours, library = rates[f"{OURS}: {problem}"], rates[f"library: {problem}"]
         words = f"{name} {part} {problem}: {ours:.0f} GFLOP/s, {100 * share:.0f} % of the roof of its {bound}"
         rows.append((found.ratio, f"{ratio}{words}; library {library:.0f}"))
+    rows.extend(_by_kind(f"{name} {part}", shapes, times, roofs))
     benchmark.extra_info.update(
         gflops=rates, milliseconds=times, roof_milliseconds=roofs, gigabytes_per_second=bandwidth, dtype="fp32"
     )
+
+
+def _by_kind(
+    title: str, shapes: dict[str, plan.ConvShape], times: dict[str, float], roofs: dict[str, float]
+) -> Iterator[tuple[float, str]]:
+    """A row for each filter and stride, of every shape once."""
+    kind = {problem: f"{shape.filter[0]}x{shape.filter[1]}/{shape.stride[0]}" for problem, shape in shapes.items()}
+    for own in sorted(set(kind.values())):
+        of = [problem for problem in shapes if kind[problem] == own]
+        ours, library = (sum(times[f"{label}: {problem}"] for problem in of) for label in (OURS, "library"))
+        share = 100 * sum(roofs[problem] for problem in of) / ours
+        words = f"{title}, all {len(of)} of {own}: {ours:.1f} ms, {share:.0f} % of the roof; library {library:.1f} ms"
+        yield library / ours, f"{library / ours:.2f}x".ljust(24) + words
 
 
 def _by_patches(shape: plan.ConvShape) -> bool:
@@ -93,10 +107,7 @@ def _by_patches(shape: plan.ConvShape) -> bool:
 
 def _bytes(shape: plan.ConvShape, part: str) -> int:
     """Of the tensors that must be read or written once: of the batch norm's backward, ``g`` and ``y``."""
-    p, q = ((size + 2 * pad - taps) // step + 1 for size, pad, taps, step in zip(
-        (shape.h, shape.w), shape.padding, shape.filter, shape.stride, strict=True
-    ))  # fmt: skip
-    source, made = shape.n * shape.c * shape.h * shape.w, shape.n * shape.k * p * q
+    source, made = shape.n * shape.c * shape.h * shape.w, shape.n * shape.k * math.prod(shape.out)
     weight = shape.k * shape.c * shape.filter[0] * shape.filter[1]
     elements = {"fwd": source + made, "dgrad": 2 * made + 2 * source, "wgrad": 2 * made + source}[part]
     return 4 * (elements + weight)

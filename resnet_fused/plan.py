@@ -64,6 +64,13 @@ class ConvShape:
     projection: int = 0
     device: str = ""
 
+    @property
+    def out(self) -> Pair:
+        """Height and width of the result."""
+        sides = zip((self.h, self.w), self.padding, self.dilation, self.filter, self.stride, strict=True)
+        p, q = ((n + 2 * pad - dilated * (taps - 1) - 1) // step + 1 for n, pad, dilated, taps, step in sides)
+        return p, q
+
 
 _forced: str | None = None
 _refused: MutableMapping[object, str] = {}

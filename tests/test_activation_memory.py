@@ -91,6 +91,13 @@ def test_threads_do_not_share_memory() -> None:
     assert wrong == []
 
 
+def test_what_was_in_use_is_not_kept_once_it_is_off() -> None:
+    held = activation(2)
+    with cpu.unkept_memory():
+        del held
+        assert resnet_fused.release_memory() == 0
+
+
 @pytest.mark.skipif(not kineto_available(), reason="torch was built without its profiler")
 def test_the_profiler_sees_what_is_not_kept() -> None:
     def allocated() -> int:

@@ -22,7 +22,7 @@ struct Block {
 
 class Cache {
  public:
-  // Of a block of `bytes` up to an eighth more, or null.
+  // A block of `bytes`, up to an eighth more if it was kept.
   Block take(int64_t bytes) {
     ++clock_;
     while (!idle_.empty() && idle_.front().since + kOldest < clock_) free_oldest();
@@ -120,7 +120,7 @@ void give_back_activation(void* data, void* context) {
   const auto bytes = reinterpret_cast<int64_t>(context);
   if (bytes > 0) {
     const std::unique_lock<std::mutex> lock(cache().mutex, std::try_to_lock);
-    if (lock.owns_lock()) return cache().give_back(data, bytes);
+    if (lock.owns_lock() && keeps_activations()) return cache().give_back(data, bytes);
     cache().forget(bytes);
   }
   std::free(data);

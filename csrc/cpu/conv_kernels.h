@@ -82,15 +82,21 @@ void conv_pack(const ConvArgs& c, int64_t begin, int64_t end) {
   }
 }
 
-template <class A>
-void conv_fwd(const ConvArgs& c, const ProjectionTask& task) {
+// Calls run(store) with what the forward writes.
+template <class A, class Body>
+ALWAYS_INLINE void with_forward_store(const ConvArgs& c, const ProjectionTask& task, const Body& run) {
   if (c.store.plain) {
     ForwardStore<A, true> store(c.store, task, task.sums);
-    convolve<A>(c, task, store);
+    run(store);
   } else {
     ForwardStore<A, false> store(c.store, task, task.sums);
-    convolve<A>(c, task, store);
+    run(store);
   }
+}
+
+template <class A>
+void conv_fwd(const ConvArgs& c, const ProjectionTask& task) {
+  with_forward_store<A>(c, task, [&](auto& store) { convolve<A>(c, task, store); });
 }
 
 // The gradient of an image, with a second one added, masked by the ReLU it passes next, and the sums of the batch norm

@@ -49,9 +49,8 @@ inline void pack_filters(ConvArgs& c, const Kernels& isa, bool transformed) {
   });
 }
 
-// 4x4 patches of one image of the result, and of all.
-inline int64_t patches_of_image(const ConvArgs& c) { return (c.out[0] + 1) / 2 * ((c.out[1] + 1) / 2); }
-inline int64_t patches_of(const ConvArgs& c) { return c.batch * patches_of_image(c); }
+// 4x4 patches of all images, each of 2x2 results.
+inline int64_t patches_of(const ConvArgs& c) { return c.batch * ((c.out[0] + 1) / 2) * ((c.out[1] + 1) / 2); }
 
 // Whether Winograd's threads share columns and not images: where the filters are more than the patches.
 inline bool shares_patches(const ConvArgs& c) { return c.outputs > patches_of(c); }

@@ -52,7 +52,7 @@ class WeightPatches {
     c_.gradients = gradients.of(kPoints * 4 * most * across_ * left);
     c_.products = chunks > 1 ? products.of(kPoints * 4 * c_.outputs * right) : nullptr;
     const Tensor weight = empty({c_.outputs, 9 * c_.channels}, {9 * c_.channels, 1}, ScalarType::Float);
-    const Cut cut{c_.outputs, kWeightRows, parts_of((c_.outputs + kWeightRows - 1) / kWeightRows, work())};
+    const Cut cut{c_.outputs, kRowUnit, parts_of((c_.outputs + kRowUnit - 1) / kRowUnit, work())};
     std::vector<char> unfinished(cut.parts);
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       c_.chunk[0] = rows_ * chunk / chunks;
@@ -89,7 +89,7 @@ class WeightPatches {
 
   static int64_t round_up(int64_t channels) { return (channels + 63) / 64 * 64; } // whole panels of any kind
 
-  static constexpr int64_t kWeightRows = 16; // rows of dU: whole panels
+  static constexpr int64_t kRowUnit = 16; // rows of dU: whole panels
 
   ConvArgs& c_;
   const Kernels& isa_;

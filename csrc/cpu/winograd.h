@@ -6,7 +6,7 @@
 // The 16 elements of V, each of all patches of a group, are the left panels of 16 matrix products whose depth is the
 // channels; a group's V stays in the second-level cache while the filters stream past it, a block of columns at a time.
 // Where the filters are more than the patches, each thread has columns of its own instead: all patches are transformed
-// once for all threads, and U is made a block at a time and never written to memory.
+// once for all threads, and U is made by the one thread that multiplies it, a block at a time.
 //
 // What it does to the error: sums of four pixels are rounded once more; measured, it stays within the numerics law
 // where F(4x4, 3x3), whose transforms multiply by up to 8, would not. A result that is not finite may come of a
@@ -38,7 +38,7 @@ class PatchProduct {
   bool is_finite() const { return is_zero(unfinished_); }
 
   // Rows of patches, whose V is at `left`, its points `left_pitch` apart, times the columns [column, column + columns),
-  // whose U is at `right`, `right_pitch` apart. `next`: what U is needed after it, or null.
+  // whose U is at `right`, `right_pitch` apart. `next`: what U is needed after it.
   void run(Range rows, const T* left, int64_t left_pitch, int64_t column, int64_t columns, const T* right,
            int64_t right_pitch, const T* next) {
     patches_ = (rows.end - rows.begin) * grid_.across;
@@ -47,7 +47,7 @@ class PatchProduct {
     for (int point = 0; point < kPoints; ++point) {
       LookAhead look(left);
       const T* after = point + 1 < kPoints ? right + (point + 1) * right_pitch : next;
-      if (after != nullptr) look.add(after, c_.channels * whole_panels<T>(columns) * sizeof(T));
+      look.add(after, c_.channels * whole_panels<T>(columns) * sizeof(T));
       const int64_t from = points * point / kPoints, to = points * (point + 1) / kPoints;
       store_.ahead(look, first + from, static_cast<int>(to - from), column, columns);
       look.share(whole_panels<T>(columns) / kPanelColumns<T> * cut.count * c_.channels *
@@ -205,13 +205,7 @@ void winograd(const ConvArgs& c, const ProjectionTask& task, Store& store) {
 
 template <class A>
 void winograd_fwd(const ConvArgs& c, const ProjectionTask& task) {
-  if (c.store.plain) {
-    ForwardStore<A, true> store(c.store, task, task.sums);
-    winograd<A>(c, task, store);
-  } else {
-    ForwardStore<A, false> store(c.store, task, task.sums);
-    winograd<A>(c, task, store);
-  }
+  with_forward_store<A>(c, task, [&](auto& store) { winograd<A>(c, task, store); });
 }
 
 template <class A>

@@ -9,6 +9,7 @@ engine's passes around it. Results differ by rounding.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -22,9 +23,8 @@ OWN_ALL, OWN_NONE = 3, 0  # bits of the ops' `packed`: our products, and Winogra
 
 _CPU = torch.device("cpu")
 _WIDE = ("avx2", "avx512")  # instruction sets for which the rules take our products
-# Measured on AVX-512, one and two threads (benchmarks/test_bench_sites.py, test_bench_scaling.py).
-_FEW_POINTS = 16  # of a batch of one: the library's ResNet-18 step at 64 px took 2/3 of ours
-_SHORT_PATCH, _FEW_OUTPUTS = 32, 16  # a CIFAR network's stem: 3.2 ms against 4.9
+_FEW_POINTS = 16  # of a batch of one: its weight is most of what moves
+_SHORT_PATCH, _FEW_OUTPUTS = 32, 16  # a CIFAR network's stem, which benchmarks/test_bench_sites.py times either way
 _isa: Callable[[], str] | None = None
 
 
@@ -52,15 +52,6 @@ def impossible(shape: plan.ConvShape) -> str | None:
     return None
 
 
-def _points(shape: plan.ConvShape) -> int:
-    """Pixels of the batch's results."""
-    height, width = (
-        (size + 2 * padding - taps) // step + 1
-        for size, padding, taps, step in zip((shape.h, shape.w), shape.padding, shape.filter, shape.stride, strict=True)
-    )
-    return shape.n * height * width
-
-
 def variant(shape: plan.ConvShape) -> plan.Variant:
     """Who runs a site that the projection ops do not."""
     size, filters = (shape.n, shape.c, shape.h, shape.w), (shape.k, shape.c, *shape.filter)
@@ -72,8 +63,8 @@ def variant(shape: plan.ConvShape) -> plan.Variant:
         return chosen
     if isa() not in _WIDE:
         return plan.Variant(plan.LIBRARY, "our products are for AVX2 and AVX-512")
-    if shape.n == 1 and _points(shape) <= _FEW_POINTS:
-        return plan.Variant(plan.LIBRARY, f"{_points(shape)} points of one image: packing the weight costs more")
+    if shape.n == 1 and (points := math.prod(shape.out)) <= _FEW_POINTS:
+        return plan.Variant(plan.LIBRARY, f"{points} points of one image: packing the weight costs more")
     if shape.c * shape.filter[0] * shape.filter[1] < _SHORT_PATCH and shape.k <= _FEW_OUTPUTS:
         return plan.Variant(plan.LIBRARY, f"{shape.c} channels and {shape.k} outputs fill no register tile")
     return plan.Variant(plan.OWN, "batch norm and ReLU while packing, statistics and masks while storing")
