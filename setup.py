@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import platform
 import shlex
@@ -35,13 +36,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "csrc"))
 import cuda_build
 
 CSRC = Path("csrc")
-KERNELS = CSRC / "cpu" / "kernels.cpp"
+KERNELS, CONVOLUTIONS, DISPATCH = (CSRC / "cpu" / f"{name}.cpp" for name in ("kernels", "convolutions", "dispatch"))
 OLDEST_TORCH = (2, 11)
 # The kernels are compiled once for each instruction set; the host code picks one at run time.
-X86_FLAGS = {
-    "baseline": [],
-    "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"],
+_AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+_AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
+X86_FLAGS = {"baseline": [], "avx2": _AVX2, "avx512": _AVX512}
+# Those that have instructions for products of bfloat16: their convolutions only, the rest is that of AVX-512.
+X86_BF16_FLAGS = {
+    "avx512_bf16": [*_AVX512, "-mavx512bf16"],
+    "amx": [*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
 # GCC 12 takes the undefined operands of its own AVX-512 intrinsics for a mistake of ours.
 WARNINGS = ["-Wall", "-Wextra", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
@@ -61,10 +65,17 @@ class Config:
     refusal: str | None = None
     cuda: cuda_build.Choice = UNDECIDED
 
-    @property
-    def isa_flags(self) -> dict[str, list[str]]:
-        """Instruction set -> compiler flags, for this machine's architecture."""
-        return X86_FLAGS if platform.machine().lower() in ("x86_64", "amd64") else {"baseline": []}
+    def isa_flags(self, source: Path) -> dict[str, list[str]]:
+        """Instruction set -> compiler flags of a source, for this machine's architecture."""
+        if platform.machine().lower() not in ("x86_64", "amd64"):
+            return {"baseline": []}
+        return X86_FLAGS | X86_BF16_FLAGS if source == CONVOLUTIONS and self.knows_bf16 else X86_FLAGS
+
+    @functools.cached_property
+    def knows_bf16(self) -> bool:
+        """Whether the compiler knows the instructions for products of bfloat16, as GCC 11 and Clang 11 do."""
+        command = [*self.compiler, *X86_BF16_FLAGS["amx"], "-E", "-x", "c++", os.devnull, "-o", os.devnull]
+        return bool(self.compiler) and subprocess.run(command, capture_output=True).returncode == 0
 
     @property
     def debug(self) -> bool:
@@ -112,7 +123,7 @@ class Config:
             "torch": f"{self.torch_version} (stable ABI of {'.'.join(map(str, OLDEST_TORCH))})",
             "Python": f"{platform.python_version()} (abi3 of 3.10)",
             "machine": f"{platform.system()} {platform.machine()}",
-            "instruction sets": ", ".join(self.isa_flags),
+            "instruction sets": ", ".join(self.isa_flags(CONVOLUTIONS)),
             "DEBUG": "1" if self.debug else "0",
             "MAX_JOBS": str(self.jobs),
         }
@@ -226,14 +237,20 @@ class BuildNative(build_ext):
         """Source, suffix of its object and flags: kernels once for each instruction set or kind of arithmetic."""
         jobs: list[tuple[Path, str, list[str]]] = []
         for source in map(Path, ext.sources):
-            if source == KERNELS:
-                isas = self.config.isa_flags.items()
+            if source in (KERNELS, CONVOLUTIONS):
+                isas = self.config.isa_flags(source).items()
                 jobs += [(source, isa, [f"-DRESNET_FUSED_ISA={isa}", *flags]) for isa, flags in isas]
             elif source.name == cuda_build.KERNELS:
                 jobs += [(source, math, cuda_build.math_flags(math)) for math in cuda_build.MATHS]
             else:
-                jobs.append((source, "", ["-DUSE_CUDA"] if "cuda" in source.parts and source.suffix == ".cpp" else []))
+                jobs.append((source, "", self._defines(source)))
         return jobs
+
+    def _defines(self, source: Path) -> list[str]:
+        """What a source is told about the others."""
+        if source == DISPATCH and set(X86_BF16_FLAGS) <= set(self.config.isa_flags(CONVOLUTIONS)):
+            return ["-DRESNET_FUSED_BF16_ISAS"]
+        return ["-DUSE_CUDA"] if "cuda" in source.parts and source.suffix == ".cpp" else []
 
     def _ninja_file(self, ext: Extension, folder: Path, target: Path) -> str:
         """The rules: one object for each job, one link."""

@@ -38,7 +38,7 @@ def machine_isas() -> list[str]:
     if REASON is not None:
         return ["baseline"]
     best, names = cpu.isa(), ["baseline"]
-    for name in ("avx2", "avx512"):
+    for name in ("avx2", "avx512", "avx512_bf16", "amx"):
         try:
             cpu.set_isa(name)
             names.append(name)

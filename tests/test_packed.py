@@ -53,6 +53,7 @@ PATCHES = {
     "more filters than patches": Case((72, 136), image=(9, 11)),  # the threads share columns, forward and dgrad
     "rows of the weight": Case((136, 129), image=(17, 18)),  # of which each thread has some in wgrad
 }
+BF16_CASES = {**CASES, **PATCHES, "1x1 deeper than a block of bfloat16": Case((1100, 33), 1, 1, 0, image=(5, 5))}
 CHUNKS = Case((132, 130), image=(40, 38))  # patches for wgrad in more than one chunk
 
 
@@ -63,22 +64,21 @@ def own() -> Iterator[None]:
         yield
 
 
-def masked(found: dict[str, Tensor], kind: str, case: Case) -> dict[str, Tensor]:
+def masked(found: dict[str, Tensor], kind: str, case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
     """With the source's gradient behind its ReLU: whoever reads it masks it, so our products may have done that."""
     if kind != "pending" or "source" not in found:
         return found
-    x, moments = (t.double() for t in source(kind, case, torch.float32)[1:3])
+    x, moments = (t.double() for t in source(kind, case, dtype)[1:3])
     mean, _, scale, shift, _ = (row[:, None, None] for row in moments)
     return {**found, "source": found["source"].where(scale * (x - mean) + shift > 0, 0)}
 
 
-def law(case: Case, kind: str, **options: Any) -> dict[str, Tensor]:
-    call, x = site_call(case), image(case, 0, torch.float32)
-    assert cpu_plan.packed(call, x, parameters(case, torch.float32).weight) == cpu_plan.OWN_ALL
-    ops, same, ref = (masked(found, kind, case) for found in both(case, kind, torch.float32, **options))
+def law(case: Case, kind: str, dtype: torch.dtype = torch.float32, **options: Any) -> None:
+    call, x = site_call(case), image(case, 0, dtype)
+    assert cpu_plan.packed(call, x, parameters(case, dtype).weight) == cpu_plan.OWN_ALL
+    ops, same, ref = (masked(found, kind, case, dtype) for found in both(case, kind, dtype, **options))
     assert ops["rebuilt"].equal(ops["y"])
-    assert_law(ops, ref, [same], torch.float32)
-    return ops
+    assert_law(ops, ref, [same], dtype)
 
 
 @pytest.mark.usefixtures("own")
@@ -86,6 +86,13 @@ def law(case: Case, kind: str, **options: Any) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", [*CASES, *PATCHES])
 def test_the_law(name: str, kind: str) -> None:
     law({**CASES, **PATCHES}[name], kind)
+
+
+@pytest.mark.usefixtures("own")
+@pytest.mark.parametrize("kind", ["pending", "projection"])
+@pytest.mark.parametrize("name", BF16_CASES)
+def test_the_law_in_bfloat16(name: str, kind: str) -> None:
+    law(BF16_CASES[name], kind, torch.bfloat16)
 
 
 @pytest.mark.usefixtures("own")
@@ -216,7 +223,7 @@ REFUSED = {
     "groups": ({"groups": 2}, "2 groups"),
     "dilation": ({"dilation": (2, 2)}, "a dilation of 2"),
     "steps": ({"filter": (1, 1), "stride": (2, 2)}, "it steps over pixels"),
-    "dtype": ({"dtype": torch.bfloat16}, "our products are of float32, not bfloat16"),
+    "dtype": ({"dtype": torch.float16}, "our products are of float32 and bfloat16, not float16"),
     "small": ({"h": 4, "w": 4}, "so small that it runs as one matrix product in its site's op"),
 }
 SHAPE = plan.ConvShape(2, 32, 28, 28, 32, (3, 3), (1, 1), (1, 1), (1, 1), 1, torch.float32, False)

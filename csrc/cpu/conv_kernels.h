@@ -1,5 +1,5 @@
 // Convolutions as matrix products: what is read is made while it is packed, what is written is finished while it is in
-// the first-level cache. Templates over the stored type A. Included by kernels.cpp only.
+// the first-level cache. Templates over the stored type A. Included by convolutions.cpp only.
 
 template <class T>
 struct Unqualify {
@@ -40,7 +40,8 @@ int64_t whole_panels(int64_t columns) {
 // The images' product with the packed filters: direct, or a band after another.
 template <class A, class Store>
 void convolve(const ConvArgs& c, const ProjectionTask& task, Store& store) {
-  using T = Opmath<A>;
+  using T = Panel<A>;
+  const TileSession session;
   using Right = PackedBefore<T>;
   const Right filters{static_cast<const T*>(c.packed), whole_panels<T>(c.outputs)};
   const Range columns{task.channels[0], task.channels[1]};
@@ -63,16 +64,17 @@ void convolve(const ConvArgs& c, const ProjectionTask& task, Store& store) {
 // Panels [begin, end) of the filters, of all blocks of the depth; see PackedBefore.
 template <class A>
 void conv_pack(const ConvArgs& c, int64_t begin, int64_t end) {
-  using T = Opmath<A>;
+  using T = Panel<A>;
   const int64_t depth = c.filter[0] * c.filter[1] * c.channels, columns = whole_panels<T>(c.outputs);
   const DepthBlocks deep(depth, deepest_block<T>(depth));
   const PlainRows<A> filters{static_cast<const A*>(c.weight), depth, c.outputs * depth};
   const MirroredFilters<A> mirrored(c);
   for (int64_t block = 0; block < deep.count; ++block) {
     const int64_t start = deep.start(block), steps = deep.start(block + 1) - start;
+    const int64_t panel_elements = whole_steps<T>(steps) * kPanelColumns<T>;
     for (int64_t panel = begin; panel < end; ++panel) {
       const int64_t j = panel * kPanelColumns<T>, stop = j + kPanelColumns<T>;
-      T* out = static_cast<T*>(c.packed) + start * columns + j * steps;
+      T* out = static_cast<T*>(c.packed) + start * columns + panel * panel_elements;
       if (c.is_mirrored) {
         pack_right_by_depth(mirrored, out, j, stop < c.outputs ? stop : c.outputs, start, steps);
       } else {
@@ -189,10 +191,11 @@ void conv_dgrad(const ConvArgs& c, const ProjectionTask& task) {
 
 template <class A>
 void conv_wgrad(const ConvArgs& c, const ProjectionTask& task) {
-  using T = Opmath<A>;
+  using T = Panel<A>;
+  const TileSession session;
   const Range outputs{task.channels[0], task.channels[1]};
   const int64_t run = c.filter[1] * c.channels, depth = c.filter[0] * run;
-  T* result = static_cast<T*>(task.result);
+  auto* result = static_cast<Opmath<A>*>(task.result);
   with_source<A>(c.gradient, c.gradient_kind, c.batch * c.out[0] * c.out[1], c.outputs, [&](const auto& dy) {
     with_source<A>(c.image, c.kind, c.batch * c.in[0] * c.in[1], c.channels, [&](const auto& source) {
       using Dy = Unqualified<decltype(dy)>;

@@ -1,5 +1,5 @@
 // What a convolution multiplies, as sources of gemm_pack.h, templates over the stored type A: images that are
-// normalised or differentiated while they are read, patches of them, and filters. Included by kernels.cpp only.
+// normalised or differentiated while they are read, patches of them, and filters. Included by convolutions.cpp only.
 //
 // A 1x1 reads its images where they are. Any other filter reads patches from a band: the images of some points of the
 // grid, made once, with their padding, so that a patch is `filter[0]` runs of filter[1] * channels elements.
@@ -153,7 +153,7 @@ class Band {
 
  private:
   static void zero(T* out, int64_t count) {
-    for (int64_t i = 0; i < count; i += kLanes<T>) store_vec(out + i, Vec<T>{}); // the next elements are written later
+    for (int64_t i = 0; i < count; i += kLanes<T>) store_vec(out + i, Vec<Opmath<T>>{}); // the next elements are written later
   }
 
   template <class Source>
@@ -176,6 +176,9 @@ class Band {
   int64_t first_, padded_[2], run_, pitch_, runs_, low_, rows_;
 };
 
+ALWAYS_INLINE void copy_vec(float* to, const float* from) { store_vec(to, load_vec(from)); }
+ALWAYS_INLINE void copy_vec(BFloat16* to, const BFloat16* from) { store_raw(to, load_raw<HalfWords>(from)); }
+
 // The patches of `rows` points, from step `first` of their depth on.
 template <class T>
 void pack_left_by_rows(const Band<T>& band, T* panel, int64_t row, int rows, int64_t first, int64_t depth) {
@@ -186,11 +189,12 @@ void pack_left_by_rows(const Band<T>& band, T* panel, int64_t row, int rows, int
     while (done < depth) {
       const int64_t rest = depth - done, length = band.run() - from < rest ? band.run() - from : rest;
       const T* at = patch + run * band.pitch() + from;
-      for (int64_t j = 0; j < length; j += kLanes<T>) store_vec(out + done + j, load_vec(at + j));
+      for (int64_t j = 0; j < length; j += kLanes<T>) copy_vec(out + done + j, at + j);
       done += length;
       from = 0;
       ++run;
     }
+    end_row(out, depth);
   }
 }
 

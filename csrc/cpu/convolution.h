@@ -114,15 +114,15 @@ struct Convolution {
             need_weight ? OptionalTensor(like_parameter(*dweight, weight_any)) : std::nullopt};
   }
 
-  // Whether our own matrix products can compute it: float32, one group, no dilation, and nothing that they step over.
+  // Whether our own matrix products can compute it: their dtype, one group, no dilation, and nothing that they step over.
   bool can_pack(const Tensor& x, const Tensor& weight) const {
     const bool steps_over = weight.size(2) < stride[0] || weight.size(3) < stride[1];
-    return x.scalar_type() == ScalarType::Float && groups == 1 && dilation[0] == 1 && dilation[1] == 1 && !steps_over &&
+    return kernels().convolution[dtype_of(x)].element > 0 && groups == 1 && dilation[0] == 1 && dilation[1] == 1 && !steps_over &&
         x.numel() > 0 && !is_small(x, weight);
   }
 
   PackedConvolution packed(const Tensor& x, const Tensor& weight, bool winograd) const {
-    return PackedConvolution(x, as_dtype(weight, ScalarType::Float), stride, padding, winograd);
+    return PackedConvolution(x, as_dtype(weight, x.scalar_type()), stride, padding, winograd);
   }
 
   bool is_small(const Tensor& x, const Tensor& weight) const {

@@ -40,7 +40,7 @@ struct Blocks {
   int64_t stop(int64_t start) const { return start + size < end ? start + size : end; }
 };
 
-constexpr int64_t kDepthUnit = 16;
+constexpr int64_t kDepthUnit = 32;
 
 // `depth` in even blocks, at least one.
 struct DepthBlocks {
@@ -112,7 +112,7 @@ struct PackedBefore {
   int64_t columns; // whole panels
 
   const T* block(T*, Range own, Range steps, bool) const {
-    return data + steps.begin * columns + own.begin * (steps.end - steps.begin);
+    return data + steps.begin * columns + own.begin * whole_steps<T>(steps.end - steps.begin);
   }
 };
 
@@ -127,7 +127,7 @@ struct MultiplyRows {
   Store& store;
   T* resident;
   T* streamed;
-  T* tile;
+  Opmath<T>* tile;
 
   MultiplyRows(const Left& l, const Right& r, Store& s, void* workspace)
       : left(l),
@@ -135,16 +135,16 @@ struct MultiplyRows {
         store(s),
         resident(static_cast<T*>(workspace)),
         streamed(resident + kResidentBytes / sizeof(T)),
-        tile(streamed + kStreamedBytes / sizeof(T)) {}
+        tile(reinterpret_cast<Opmath<T>*>(streamed + kStreamedBytes / sizeof(T))) {}
 
   void run(Range rows, Range columns, int64_t depth) {
     const DepthBlocks deep(depth, deepest_block<T>(depth));
-    const int64_t across = kResidentBytes / sizeof(T) / (deep.most() > 0 ? deep.most() : 1);
-    const int64_t limit = deep.count > 1 ? kPartialBytes / sizeof(T) / kMostAligned : kMostColumns;
+    const int64_t across = kResidentBytes / sizeof(T) / (deep.most() > 0 ? whole_steps<T>(deep.most()) : 1);
+    const int64_t limit = deep.count > 1 ? kPartialBytes / sizeof(Opmath<T>) / kMostAligned : kMostColumns;
     const int64_t most = (across < limit ? across : limit) / kPanelColumns<T> * kPanelColumns<T>;
     const Blocks wide(columns.begin, columns.end, most, kPanelColumns<T>);
     // partial sums are few enough to stay in the caches, unless a block would be packed for too few rows
-    const int64_t fit = kPartialBytes / sizeof(T) / wide.size / store.aligned * store.aligned;
+    const int64_t fit = kPartialBytes / sizeof(Opmath<T>) / wide.size / store.aligned * store.aligned;
     const int64_t partial = Right::kReady ? store.aligned : fit;
     for (int64_t c = wide.begin; c < wide.end; c = wide.stop(c)) {
       const Range own{c, wide.stop(c)};
@@ -172,20 +172,21 @@ struct MultiplyRows {
   // Rows of the streamed panel times the block that resides.
   void panel(Range all, int64_t row, int rows, Range columns, Range steps, int64_t depth, const T* packed) {
     const bool first = steps.begin == 0, last = steps.end == depth, whole = first && last;
-    const int64_t deep = steps.end - steps.begin, width = columns.end - columns.begin;
+    const int64_t own_depth = steps.end - steps.begin, deep = whole_steps<T>(own_depth);
+    const int64_t width = columns.end - columns.begin;
     const int64_t parts = (width + kPanelColumns<T> - 1) / kPanelColumns<T>, padded = parts * kPanelColumns<T>;
     const int64_t pitch = whole && !Store::kTogether ? kPanelColumns<T> : padded;
-    T* at = whole ? tile : tile + (row - all.begin) * padded;
-    pack_left_by_rows(left, streamed, row, rows, steps.begin, deep);
+    Opmath<T>* at = whole ? tile : tile + (row - all.begin) * padded;
+    pack_left_by_rows(left, streamed, row, rows, steps.begin, own_depth);
     LookAhead look(streamed);
-    left.ahead(look, row + rows, rows, steps.begin, deep);
+    left.ahead(look, row + rows, rows, steps.begin, own_depth);
     if (last) store.ahead(look, row, rows, columns.begin, width);
-    const int64_t calls = calls_of_tile<T>(rows, width);
-    look.share(parts * deep * calls);
+    const int64_t calls = calls_of_tile<T>(rows, width, deep);
+    look.share(parts * calls);
     for (int64_t c = columns.begin; c < columns.end; c += kPanelColumns<T>) {
-      T* out = whole && !Store::kTogether ? at : at + (c - columns.begin);
+      Opmath<T>* out = whole && !Store::kTogether ? at : at + (c - columns.begin);
       const int64_t own = columns.end - c < kPanelColumns<T> ? columns.end - c : kPanelColumns<T>;
-      multiply_tile<T, kByRows>(rows, own, deep, streamed, packed, out, pitch, !first, look.take(deep * calls));
+      multiply_tile<T, kByRows>(rows, own, deep, streamed, packed, out, pitch, !first, look.take(calls));
       packed += deep * kPanelColumns<T>;
       if (last && !Store::kTogether) store.finish(out, pitch, row, rows, c, own);
     }
@@ -203,20 +204,20 @@ struct MultiplyColumns {
   const Right& right;
   T* resident;
   T* streamed;
-  T* tile;
+  Opmath<T>* tile;
 
   MultiplyColumns(const Left& l, const Right& r, void* workspace)
       : left(l),
         right(r),
         resident(static_cast<T*>(workspace)),
         streamed(resident + kResidentBytes / sizeof(T)),
-        tile(streamed + kStreamedBytes / sizeof(T)) {}
+        tile(reinterpret_cast<Opmath<T>*>(streamed + kStreamedBytes / sizeof(T))) {}
 
-  void run(T* out, int64_t pitch, Range rows, Range columns, Range steps, double* sums, bool add = false) {
+  void run(Opmath<T>* out, int64_t pitch, Range rows, Range columns, Range steps, double* sums, bool add = false) {
     const int64_t whole = steps.end - steps.begin;
     const DepthBlocks deep(whole, deepest_block<T>(whole));
-    const int64_t unit = deep.most() > 0 ? deep.most() : 1;
-    const int64_t most = kResidentBytes / sizeof(T) / (unit * kDepthPitch<T>) * kPanelRows;
+    const int64_t unit = deep.most() > 0 ? whole_steps<T>(deep.most()) : 1;
+    const int64_t most = kResidentBytes / sizeof(T) / left_panel<T>(unit) * kPanelRows;
     const int64_t panels = kStreamedBytes / sizeof(T) / (unit * kPanelColumns<T>);
     const Blocks tall(rows.begin, rows.end, most, kPanelRows);
     const int64_t wide = (panels > 1 ? panels : 1) * kPanelColumns<T>;
@@ -230,7 +231,7 @@ struct MultiplyColumns {
         const int64_t more = next + depth < steps.end ? depth : steps.end - next;
         left.region(look, next, more, cut.length);
         right.region(look, next, more, across);
-        const int64_t calls = calls_of_tile<T>(kPanelRows, across) * depth;
+        const int64_t calls = calls_of_tile<T>(kPanelRows, across, whole_steps<T>(depth));
         look.share((across + kPanelColumns<T> - 1) / kPanelColumns<T> * right.parts() * cut.count * calls);
         for (int64_t part = 0; part < right.parts(); ++part) {
           for (int64_t c = columns.begin; c < columns.end; c += wide) {
@@ -243,20 +244,21 @@ struct MultiplyColumns {
     }
   }
 
-  void tiles(T* out, int64_t pitch, const Panels& cut, Range columns, int64_t depth, bool add, LookAhead& look) {
+  void tiles(Opmath<T>* out, int64_t pitch, const Panels& cut, Range columns, int64_t steps, bool add,
+             LookAhead& look) {
     const T* panel = streamed;
+    const int64_t depth = whole_steps<T>(steps);
     for (int64_t c = columns.begin; c < columns.end; c += kPanelColumns<T>, panel += depth * kPanelColumns<T>) {
       const int64_t own = columns.end - c;
       for (int64_t p = 0; p < cut.count; ++p) {
         const int count = cut.rows(p);
-        const T* block = resident + p * depth * kDepthPitch<T>;
-        T* at = out + cut.start(p) * pitch + c;
+        const T* block = resident + p * left_panel<T>(depth);
+        Opmath<T>* at = out + cut.start(p) * pitch + c;
+        const Ahead ahead = look.take(calls_of_tile<T>(count, own, depth));
         if (own >= kPanelColumns<T>) {
-          const Ahead ahead = look.take(depth * calls_of_tile<T>(count, own));
-          multiply_tile<T, kByDepth>(count, own, depth, block, panel, at, pitch, add, ahead);
+          multiply_tile<T, kLeftByDepth<T>>(count, own, depth, block, panel, at, pitch, add, ahead);
         } else {
-          const Ahead ahead = look.take(depth * calls_of_tile<T>(count, own));
-          multiply_tile<T, kByDepth>(count, own, depth, block, panel, tile, kPanelColumns<T>, false, ahead);
+          multiply_tile<T, kLeftByDepth<T>>(count, own, depth, block, panel, tile, kPanelColumns<T>, false, ahead);
           put_part(at, pitch, count, own, add);
         }
       }
@@ -264,10 +266,10 @@ struct MultiplyColumns {
   }
 
   // A tile at the right edge: `columns` of its columns exist.
-  void put_part(T* out, int64_t pitch, int rows, int64_t columns, bool add) {
+  void put_part(Opmath<T>* out, int64_t pitch, int rows, int64_t columns, bool add) {
     for (int r = 0; r < rows; ++r) {
       for (int64_t j = 0; j < columns; ++j) {
-        const T value = tile[r * kPanelColumns<T> + j];
+        const Opmath<T> value = tile[r * kPanelColumns<T> + j];
         out[r * pitch + j] = add ? out[r * pitch + j] + value : value;
       }
     }

@@ -7,13 +7,15 @@
 // 125 while the core's other thread is at work.
 //
 // Layouts of packed panels, d being the step of the depth:
-//   right        element (d, column) at d * kPanelColumns + column, columns padded with zeros
+//   right        element (d, column) at d * kPanelColumns + column
 //   left, rows   element (row, d) at row * kRowPitch + d: a constant pitch, so that one pointer serves all rows
 //   left, short rows   the same where no row is longer than kMostShort, with a pitch that spares pages
 //   left, depth  element (row, d) at d * kDepthPitch + row
 
 // Rows of a panel, and of a register tile of more than two vectors.
-#if defined(__AVX512F__) || defined(__aarch64__)
+#if defined(__AMX_BF16__)
+constexpr int kPanelRows = 15, kWideRows = 15, kPanelVectors = 4; // of one tile, see gemm_amx.h
+#elif defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kPanelRows = 12, kWideRows = 6, kPanelVectors = 4; // of 32 vector registers
 #else
 constexpr int kPanelRows = 6, kWideRows = 6, kPanelVectors = 2; // of 16
@@ -34,6 +36,30 @@ template <class T>
 constexpr int64_t kMostShort = 256 / sizeof(T);
 template <class T>
 constexpr int64_t kShortPitch = kMostShort<T> + 64 / sizeof(T);
+
+// What a stored type is multiplied as, and so the type of panels. bfloat16 is float but where instructions multiply it
+// themselves: then a pair of steps is one element of 32 bits in either panel, the right one's of columns side by side,
+// and the depth is padded with zeros to whole steps of AMX.
+template <class A>
+struct PanelOf {
+  using type = Opmath<A>;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct PanelOf<BFloat16> {
+  using type = BFloat16;
+};
+#endif
+template <class A>
+using Panel = typename PanelOf<A>::type;
+template <class T>
+constexpr int kPair = sizeof(T) == 2 ? 2 : 1; // steps that are multiplied at once
+template <class T>
+constexpr int64_t kDepthStep = sizeof(T) == 2 ? 32 : 1;
+template <class T>
+int64_t whole_steps(int64_t depth) {
+  return (depth + kDepthStep<T> - 1) / kDepthStep<T> * kDepthStep<T>;
+}
 
 enum LeftLayout : int { kByRows, kByShortRows, kByDepth };
 
@@ -56,37 +82,61 @@ struct Region {
 
 // out = left * right, or out += left * right; rows of out are `pitch` apart.
 template <class T>
-using MicroKernel = void (*)(int64_t depth, const T* left, const T* right, T* out, int64_t pitch, bool add,
+using MicroKernel = void (*)(int64_t depth, const T* left, const T* right, Opmath<T>* out, int64_t pitch, bool add,
                              Ahead ahead);
 
+// The next step's elements of a vector of columns and of a row, and what their product adds to a sum.
+template <class T>
+ALWAYS_INLINE Vec<T> load_step(const T* columns) {
+  return load_vec(columns);
+}
+template <class T>
+ALWAYS_INLINE Vec<T> broadcast_step(const T* row) {
+  return broadcast(*row);
+}
+template <class V>
+ALWAYS_INLINE V multiply_step(V row, V columns, V sum) {
+  return fma(row, columns, sum);
+}
+#if defined(__AVX512BF16__)
+ALWAYS_INLINE __m512bh load_step(const BFloat16* columns) { return load_raw<__m512bh>(columns); }
+ALWAYS_INLINE __m512bh broadcast_step(const BFloat16* row) {
+  return (__m512bh)_mm512_set1_epi32(load_raw<int32_t>(row));
+}
+ALWAYS_INLINE Floats multiply_step(__m512bh row, __m512bh columns, Floats sum) {
+  return _mm512_dpbf16_ps(sum, row, columns);
+}
+#endif
+
 template <class T, LeftLayout layout, int vectors, int rows>
-void micro_kernel(int64_t depth, const T* left, const T* right, T* out, int64_t pitch, bool add, Ahead ahead) {
-  constexpr int64_t across = kAcross<T, layout>, along = kAlong<T, layout>;
-  Vec<T> acc[rows][vectors] = {};
+void micro_kernel(int64_t depth, const T* left, const T* right, Opmath<T>* out, int64_t pitch, bool add,
+                  Ahead ahead) {
+  constexpr int64_t across = kAcross<T, layout>, along = kAlong<T, layout> * kPair<T>;
+  Vec<Opmath<T>> acc[rows][vectors] = {};
   for (int r = 0; add && r < rows; ++r) {
     for (int v = 0; v < vectors; ++v) __builtin_prefetch(out + r * pitch + v * kLanes<T>, 1);
   }
 #pragma GCC unroll 2
-  for (int64_t d = 0; d < depth; ++d) {
-    Vec<T> columns[vectors];
+  for (int64_t d = 0; d < depth; d += kPair<T>) {
+    decltype(load_step(right)) columns[vectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) columns[v] = load_vec(right + v * kLanes<T>);
+    for (int v = 0; v < vectors; ++v) columns[v] = load_step(right + v * kLanes<T> * kPair<T>);
 #pragma GCC unroll 16
     for (int r = 0; r < rows; ++r) {
-      const Vec<T> value = broadcast(left[r * across]);
+      const auto value = broadcast_step(left + r * across);
 #pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) acc[r][v] = fma(value, columns[v], acc[r][v]);
+      for (int v = 0; v < vectors; ++v) acc[r][v] = multiply_step(value, columns[v], acc[r][v]);
     }
     __builtin_prefetch(ahead.at, 0, 2);
     ahead.at += ahead.step;
     left += along;
-    right += kPanelColumns<T>;
+    right += kPanelColumns<T> * kPair<T>;
   }
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) {
-      T* to = out + r * pitch + v * kLanes<T>;
+      Opmath<T>* to = out + r * pitch + v * kLanes<T>;
       store_vec(to, add ? load_vec(to) + acc[r][v] : acc[r][v]);
     }
   }
@@ -122,7 +172,7 @@ constexpr int64_t kChain = 128;
 // The micro-kernel over the whole of a panel's depth in equal chains, and over its rows in equal parts, which follow one
 // another in a chain: the right panel's part of it is then in the first-level cache.
 template <class T, LeftLayout layout, int vectors>
-void multiply_tile_by(int rows, int64_t depth, const T* left, const T* right, T* out, int64_t pitch, bool add,
+void multiply_tile_by(int rows, int64_t depth, const T* left, const T* right, Opmath<T>* out, int64_t pitch, bool add,
                       Ahead ahead) {
   using Kernels = MicroKernels<T, layout, vectors>;
   constexpr int64_t across = kAcross<T, layout>, along = kAlong<T, layout>;
@@ -130,29 +180,38 @@ void multiply_tile_by(int rows, int64_t depth, const T* left, const T* right, T*
   const int upper = rows > Kernels::kMostRows ? (rows + 1) / 2 : rows, lower = rows - upper;
   static_assert(2 * Kernels::kMostRows >= kPanelRows);
   for (int64_t chain = 0; chain < chains; ++chain) {
-    const int64_t d = depth * chain / chains, steps = depth * (chain + 1) / chains - d;
+    const int64_t d = depth * chain / chains / kPair<T> * kPair<T>;
+    const int64_t steps = depth * (chain + 1) / chains / kPair<T> * kPair<T> - d;
     const T* from = left + d * along;
     const T* panel = right + d * kPanelColumns<T>;
     const bool sums = add || chain > 0;
     Kernels::of[upper](steps, from, panel, out, pitch, sums, ahead);
-    ahead.at += steps * ahead.step;
+    ahead.at += steps / kPair<T> * ahead.step;
     if (lower == 0) continue;
     Kernels::of[lower](steps, from + upper * across, panel, out + upper * pitch, pitch, sums, ahead);
-    ahead.at += steps * ahead.step;
+    ahead.at += steps / kPair<T> * ahead.step;
   }
 }
 
-// Steps of the micro-kernel in which a tile asks memory for something ahead, for each step of its depth.
+// Steps of the micro-kernel in which a tile asks memory for something ahead.
 template <class T>
-int64_t calls_of_tile(int rows, int64_t columns) {
-  return columns > 2 * kLanes<T> && rows > kWideRows ? 2 : 1;
+int64_t calls_of_tile(int rows, int64_t columns, int64_t depth) {
+  return depth / kPair<T> * (columns > 2 * kLanes<T> && rows > kWideRows ? 2 : 1);
 }
+
+#if defined(__AMX_BF16__)
+void multiply_by_amx(int rows, int64_t vectors, int64_t depth, const BFloat16* left, const BFloat16* right, float* out,
+                     int64_t pitch, bool add, Ahead ahead);
+#endif
 
 // For the first `columns` of its columns.
 template <class T, LeftLayout layout>
-void multiply_tile(int rows, int64_t columns, int64_t depth, const T* left, const T* right, T* out, int64_t pitch,
-                   bool add, Ahead ahead) {
+void multiply_tile(int rows, int64_t columns, int64_t depth, const T* left, const T* right, Opmath<T>* out,
+                   int64_t pitch, bool add, Ahead ahead) {
   const int64_t vectors = (columns + kLanes<T> - 1) / kLanes<T>;
+#if defined(__AMX_BF16__)
+  if constexpr (kPair<T> == 2) return multiply_by_amx(rows, vectors, depth, left, right, out, pitch, add, ahead);
+#endif
   if (vectors == 1) return multiply_tile_by<T, layout, 1>(rows, depth, left, right, out, pitch, add, ahead);
   if (vectors == 2 || kPanelVectors == 2) {
     return multiply_tile_by<T, layout, 2>(rows, depth, left, right, out, pitch, add, ahead);

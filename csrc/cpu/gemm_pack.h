@@ -33,6 +33,12 @@ ALWAYS_INLINE auto load_within(const Source& source, const Column& column, int64
   return source.load(column, at, SomeLanes{left > 0 ? left : 0});
 }
 
+// Zeros up to whole steps of a row of a left panel.
+template <class T>
+ALWAYS_INLINE void end_row(T* row, int64_t depth) {
+  for (int64_t d = depth; kDepthStep<T> > 1 && d < whole_steps<T>(depth); ++d) row[d] = T{};
+}
+
 template <class Source, class T>
 void pack_left_by_rows(const Source& source, T* panel, int64_t row, int rows, int64_t first, int64_t depth) {
   int64_t offsets[kPanelRows];
@@ -41,6 +47,7 @@ void pack_left_by_rows(const Source& source, T* panel, int64_t row, int rows, in
     const auto column = source.column(first + j);
     for (int r = 0; r < rows; ++r) store_vec(panel + r * kRowPitch<T> + j, load_within(source, column, offsets[r] + j));
   }
+  for (int r = 0; r < rows; ++r) end_row(panel + r * kRowPitch<T>, depth);
 }
 
 // Rows of a source that are packed at once: their loads run side by side, and constants serve all of them.
@@ -55,6 +62,14 @@ ALWAYS_INLINE void pack_column(const Source& source, T* panel, int64_t j, const 
     store_vec(panel + r * kDepthPitch<T>, load_within(source, column, offsets[r] + j));
     source.prefetch(next[r] + j);
   }
+}
+
+// Elements of a left panel whose depth is rows of a source.
+template <class T>
+constexpr LeftLayout kLeftByDepth = kPair<T> == 1 ? kByDepth : kByRows;
+template <class T>
+int64_t left_panel(int64_t depth) {
+  return kPair<T> == 1 ? depth * kDepthPitch<T> : kPanelRows * kRowPitch<T>;
 }
 
 // Columns of the source, cut into panels, transposed: its rows [row, row + depth) are the steps.

@@ -1,12 +1,7 @@
-// The vector kernels, compiled once per instruction set: setup.py sets RESNET_FUSED_ISA to the name
+// The vector kernels of batch norm, pooling and projections, compiled once per instruction set: setup.py sets RESNET_FUSED_ISA to the name
 // and passes the flags. All code but `table` is in an unnamed namespace.
+#include "intrinsics.h"
 #include "kernels.h"
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#elif defined(__aarch64__)
-#include <arm_neon.h>
-#endif
 
 #define RESNET_FUSED_QUOTE_(x) #x
 #define RESNET_FUSED_QUOTE(x) RESNET_FUSED_QUOTE_(x)
@@ -32,18 +27,6 @@ namespace {
 
 #include "projection_kernels.h"
 
-#include "conv_sources.h"
-
-#include "conv_kernels.h"
-
-#include "winograd_filters.h"
-
-#include "winograd_patches.h"
-
-#include "winograd.h"
-
-#include "winograd_weight.h"
-
 // In the order of DType.
 #define RESNET_FUSED_EACH_DTYPE(kernel) \
   { kernel<float>, kernel<BFloat16>, kernel<Float16>, kernel<double> }
@@ -61,21 +44,6 @@ constexpr Kernels kTable = {
     RESNET_FUSED_EACH_DTYPE(projection_fwd),
     RESNET_FUSED_EACH_DTYPE(projection_dgrad),
     RESNET_FUSED_EACH_DTYPE(projection_wgrad),
-    kPanelColumns<float>,
-    conv_pack<float>,
-    conv_fwd<float>,
-    conv_dgrad<float>,
-    conv_wgrad<float>,
-    kMostDepth<float>,
-    patch_pitch<float>,
-    winograd_elements<float>,
-    winograd_pack<float>,
-    winograd_patches<float>,
-    winograd_fwd<float>,
-    winograd_dgrad<float>,
-    winograd_weight_elements<float>,
-    winograd_weight_patches<float>,
-    winograd_wgrad<float>,
 };
 
 } // namespace

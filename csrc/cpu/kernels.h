@@ -159,6 +159,27 @@ using ConvPack = void (*)(const ConvArgs&, int64_t begin, int64_t end); // panel
 using WinogradPack = void (*)(const ConvArgs&, int64_t begin, int64_t end, void* workspace);
 using ConvKernel = void (*)(const ConvArgs&, const ProjectionTask&);
 
+// Our own products of one dtype.
+struct ConvKernels {
+  int64_t element = 0;             // bytes of a packed one; 0: there are no products of this dtype
+  int64_t panel_columns = 0;
+  int64_t depth_step = 1;          // the depth of a product is padded to a multiple of it
+  ConvPack pack = nullptr;
+  ConvKernel fwd = nullptr;
+  ConvKernel dgrad = nullptr;
+  ConvKernel wgrad = nullptr;
+  int64_t deepest = 0;             // channels that Winograd's products take; 0: there are none
+  int64_t (*patch_pitch)(const ConvArgs&) = nullptr; // elements of each of the 16 of a patch
+  int64_t (*winograd_elements)(const ConvArgs&) = nullptr;
+  WinogradPack winograd_pack = nullptr;
+  ConvKernel winograd_patches = nullptr; // rows: of patches
+  ConvKernel winograd_fwd = nullptr;
+  ConvKernel winograd_dgrad = nullptr;
+  int64_t (*winograd_weight_elements)(const ConvArgs&) = nullptr;
+  ConvKernel winograd_weight_patches = nullptr; // rows: of patches, as for the next
+  ConvKernel winograd_wgrad = nullptr;
+};
+
 struct Kernels {
   const char* isa;
   int64_t vector_bytes;
@@ -172,32 +193,27 @@ struct Kernels {
   ProjectionKernel projection_fwd[kDTypes];
   ProjectionKernel projection_dgrad[kDTypes];
   ProjectionKernel projection_wgrad[kDTypes];
-  int64_t panel_columns;           // of float32
-  ConvPack conv_pack;
-  ConvKernel conv_fwd;             // float32, as the others
-  ConvKernel conv_dgrad;
-  ConvKernel conv_wgrad;
-  int64_t deepest;                 // channels that Winograd's products take
-  int64_t (*patch_pitch)(const ConvArgs&); // elements of each of the 16 of a patch
-  int64_t (*winograd_elements)(const ConvArgs&);
-  WinogradPack winograd_pack;
-  ConvKernel winograd_patches;     // rows: of patches
-  ConvKernel winograd_fwd;
-  ConvKernel winograd_dgrad;
-  int64_t (*winograd_weight_elements)(const ConvArgs&);
-  ConvKernel winograd_weight_patches; // rows: of patches, as for the next
-  ConvKernel winograd_wgrad;
+  const ConvKernels* convolution = nullptr; // one for each dtype
 };
 
 namespace baseline {
 const Kernels& table();
-}
+const ConvKernels* convolutions();
+} // namespace baseline
 #if defined(__x86_64__)
 namespace avx2 {
 const Kernels& table();
-}
+const ConvKernels* convolutions();
+} // namespace avx2
 namespace avx512 {
 const Kernels& table();
+const ConvKernels* convolutions();
+} // namespace avx512
+namespace avx512_bf16 {
+const ConvKernels* convolutions(); // of bfloat16
+}
+namespace amx {
+const ConvKernels* convolutions(); // of bfloat16
 }
 #endif
 

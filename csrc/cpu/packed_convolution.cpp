@@ -15,7 +15,8 @@ double total(const Sums& sums, int64_t i) {
 
 PackedConvolution::PackedConvolution(const Tensor& x, const Tensor& weight, const Pair& stride,
                                      const Pair& padding, bool winograd)
-    : isa_(kernels()),
+    : own_(kernels(), dtype_of(x)),
+      dtype_(x.scalar_type()),
       winograd_(winograd),
       weight_(dense(weight)),
       stride_(stride),
@@ -33,7 +34,7 @@ PackedConvolution::PackedConvolution(const Tensor& x, const Tensor& weight, cons
 void PackedConvolution::check_output(const Checker& check, const char* argument, const OptionalTensor& t) const {
   if (!t.has_value()) return;
   check.device(argument, *t);
-  check.dtype(argument, *t, ScalarType::Float);
+  check.dtype(argument, *t, dtype_);
   const bool fits = t->dim() == 4 && t->size(0) == N_ && t->size(1) == K_ && t->size(2) == P_ && t->size(3) == Q_;
   if (!fits) check.require(false, argument, "shape " + shape_name({N_, K_, P_, Q_}), "shape " + shape_name(*t));
 }
@@ -52,21 +53,21 @@ ConvArgs PackedConvolution::forward_args() const {
     c.stride[d] = stride_[d];
     c.before[d] = padding_[d];
   }
-  c.band = band_of(c, isa_);
+  c.band = band_of(c, own_);
   return c;
 }
 
 std::tuple<Tensor, int64_t> PackedConvolution::run_forward(const PackedImage& image,
                                                            const ProjectionCall& store) const {
   ConvArgs c = forward_args();
-  ImageConstants constants(C_, isa_);
+  ImageConstants constants(C_, own_.isa);
   image.attach(c.image, c.kind, constants);
   c.store = store.args;
-  const Tensor y = empty_channels_last(N_, K_, P_, Q_, ScalarType::Float);
+  const Tensor y = empty_channels_last(N_, K_, P_, Q_, dtype_);
   ProjectionCall::stream(c.store, y, K_);
   const bool stats = c.store.partials != nullptr;
   Sums sums;
-  Product(c, isa_, stats ? kStatisticsRows : kPanelUnit).run(winograd_, sums, stats ? 3 * c.store.plane : 0);
+  Product(c, own_.kernels, stats ? kStatisticsRows : kPanelUnit).run(winograd_, sums, stats ? 3 * c.store.plane : 0);
   return {y, c.store.tile_rows};
 }
 
@@ -113,9 +114,9 @@ void PackedConvolution::dgrad_class(ConvArgs& c, int64_t a, int64_t b, Sums& sum
     if (c.out[d] == 0) return;
   }
   if (c.filter[0] == 0 || c.filter[1] == 0) c.filter[0] = c.filter[1] = 0;
-  c.band = c.filter[0] == 0 ? 0 : band_of(c, isa_);
+  c.band = c.filter[0] == 0 ? 0 : band_of(c, own_);
   Sums own;
-  Product(c, isa_, kPanelUnit).run(winograd_, own, c.back.y != nullptr ? 3 * c.back.plane : 0);
+  Product(c, own_.kernels, kPanelUnit).run(winograd_, own, c.back.y != nullptr ? 3 * c.back.plane : 0);
   sums.insert(sums.end(), own.begin(), own.end());
 }
 
@@ -130,9 +131,9 @@ PackedBackGrads PackedConvolution::backward_image(const PackedGradient& dy, cons
   c.taps[1] = S_;
   c.weight = weight_.const_data_ptr();
   c.is_mirrored = true;
-  ImageConstants constants(K_, isa_), own(C_, isa_);
+  ImageConstants constants(K_, own_.isa), own(C_, own_.isa);
   dy.attach(c.image, c.kind, constants);
-  const Tensor dx = empty_channels_last(N_, C_, H_, W_, ScalarType::Float);
+  const Tensor dx = empty_channels_last(N_, C_, H_, W_, dtype_);
   c.streamed = is_streamed(dx, C_);
   c.back.result = dx.mutable_data_ptr();
   c.back.skip = data_of(back.skip);
@@ -160,20 +161,20 @@ PackedBackGrads PackedConvolution::backward_image(const PackedGradient& dy, cons
 
 Tensor PackedConvolution::backward_weight(const PackedGradient& dy, const PackedImage& image) const {
   ConvArgs c = forward_args();
-  ImageConstants constants(C_, isa_), of_dy(K_, isa_);
+  ImageConstants constants(C_, own_.isa), of_dy(K_, own_.isa);
   image.attach(c.image, c.kind, constants);
   dy.attach(c.gradient, c.gradient_kind, of_dy);
   const auto shaped = [&](const Tensor& t) { return reinterpret(t, {K_, C_, R_, S_}, {R_ * S_ * C_, 1, S_ * C_, C_}); };
-  if (winograd_ && takes_winograd(c, isa_, kFilterSaving)) {
-    if (const auto weight = WeightPatches(c, isa_).run()) return shaped(*weight);
+  if (winograd_ && takes_winograd(c, own_.kernels, kFilterSaving)) {
+    if (const auto weight = WeightPatches(c, own_.kernels).run()) return shaped(*weight);
   }
   const ProjectionSizes s = flat(C_ * R_ * S_, K_, N_ * P_ * Q_);
   const Shares shares = weight_shares(s);
   Parts parts(s, shares.rows.parts, ScalarType::Float, 0);
   shares.for_each([&](ProjectionTask& task, int64_t part) {
     task.result = parts.weight_of(part);
-    if (c.band > 0) BandMemory::of_thread().reserve(c, task, std::min(c.band, task.rows[1] - task.rows[0]));
-    isa_.conv_wgrad(c, task);
+    if (c.band > 0) BandMemory::of_thread().reserve(c, own_.kernels, task, std::min(c.band, task.rows[1] - task.rows[0]));
+    own_.kernels.wgrad(c, task);
   });
   return shaped(parts.sum());
 }

@@ -1,12 +1,12 @@
-// A float32 convolution as our own matrix product (gemm.h): the batch norm, the ReLU and the gradient's affine are
+// A convolution of float32 or bfloat16 as our own matrix product (gemm.h): the batch norm, the ReLU and the gradient's affine are
 // applied while it packs, statistics, masks and reductions are made while it stores.
 #pragma once
 
 #include <optional>
 #include <tuple>
 
+#include "packed_product.h"
 #include "pass.h"
-#include "projection.h"
 #include "small_convolution.h"
 
 namespace resnet_fused::cpu {
@@ -104,7 +104,8 @@ class PackedConvolution {
   std::tuple<Tensor, int64_t> run_forward(const PackedImage& image, const ProjectionCall& store) const;
   void dgrad_class(ConvArgs& args, int64_t a, int64_t b, std::vector<std::vector<double>>& sums) const;
 
-  const Kernels& isa_;
+  Products own_;
+  ScalarType dtype_;
   bool winograd_;
   Tensor weight_;
   Pair stride_, padding_;

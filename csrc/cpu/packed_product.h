@@ -7,8 +7,16 @@
 
 namespace resnet_fused::cpu {
 
+// The kernels of one instruction set for convolutions of one dtype.
+struct Products {
+  const Kernels& isa;
+  const ConvKernels& kernels;
+
+  Products(const Kernels& table, DType dtype) : isa(table), kernels(table.convolution[dtype]) {}
+};
+
 // Bytes of the images that a band holds: what they are read by is in the caches with them.
-inline int64_t band_bytes(const Kernels& isa) { return (isa.vector_bytes == 64 ? 768 : 192) * 1024; }
+inline int64_t band_bytes(const Products& own) { return (own.isa.vector_bytes == 64 ? 768 : 192) * 1024; }
 
 // Rows of a tile of statistics: whole panels.
 constexpr int64_t kStatisticsRows = 120;
@@ -36,16 +44,17 @@ class Buffer {
 };
 
 // The filters in panels, by all threads; Winograd's are 16 of them.
-inline void pack_filters(ConvArgs& c, const Kernels& isa, bool transformed) {
+inline void pack_filters(ConvArgs& c, const ConvKernels& own, bool transformed) {
   thread_local Buffer memory;
   constexpr int64_t kTransformed = 16;
-  const int64_t panels = (c.outputs + isa.panel_columns - 1) / isa.panel_columns;
+  const int64_t panels = (c.outputs + own.panel_columns - 1) / own.panel_columns;
   const int64_t taps = transformed ? kTransformed : c.filter[0] * c.filter[1];
-  const int64_t elements = taps * c.channels * panels * isa.panel_columns;
-  c.packed = memory.of(elements * 4);
+  const int64_t steps = (taps * c.channels + own.depth_step - 1) / own.depth_step * own.depth_step;
+  const int64_t elements = steps * panels * own.panel_columns;
+  c.packed = memory.of(elements * own.element);
   const ConvArgs& args = c;
   for_parts(parts_of(panels, elements), panels, [&](int64_t, int64_t begin, int64_t end) {
-    transformed ? isa.winograd_pack(args, begin, end, workspace()) : isa.conv_pack(args, begin, end);
+    transformed ? own.winograd_pack(args, begin, end, workspace()) : own.pack(args, begin, end);
   });
 }
 
@@ -57,10 +66,10 @@ inline bool shares_patches(const ConvArgs& c) { return c.outputs > patches_of(c)
 
 // Whether Winograd saves `least` multiplications of each pair of channels, to pay for its transforms.
 constexpr int64_t kFilterSaving = 2400, kSharedFilterSaving = 800; // of filters that go through memory, or do not
-inline bool takes_winograd(const ConvArgs& c, const Kernels& isa, int64_t least) {
+inline bool takes_winograd(const ConvArgs& c, const ConvKernels& own, int64_t least) {
   constexpr int64_t kFewest = 16; // channels
   const bool fits = c.filter[0] == 3 && c.filter[1] == 3 && c.stride[0] == 1 && c.stride[1] == 1 &&
-      c.grid_step[0] == 1 && c.grid_step[1] == 1 && c.channels <= isa.deepest;
+      c.grid_step[0] == 1 && c.grid_step[1] == 1 && c.channels <= own.deepest;
   const int64_t saved = 9 * c.batch * c.out[0] * c.out[1] - 16 * patches_of(c);
   return fits && c.channels >= kFewest && c.outputs >= kFewest && saved >= least;
 }
@@ -69,21 +78,21 @@ inline bool takes_winograd(const ConvArgs& c, const Kernels& isa, int64_t least)
 class BandMemory {
  public:
   // For bands of `most` points of the grid.
-  void reserve(const ConvArgs& c, ProjectionTask& task, int64_t most) {
+  void reserve(const ConvArgs& c, const ConvKernels& own, ProjectionTask& task, int64_t most) {
     const int64_t per_image = std::max<int64_t>(0, c.filter[0] - c.stride[0]);
     const int64_t points = most + 128; // as Blocks rounds them
     const int64_t rows = (points / c.out[1] + 2) * c.stride[0] + (points / (c.out[0] * c.out[1]) + 2) * per_image +
         c.filter[0];
     const int64_t pitch = ((c.out[1] - 1) * c.stride[1] + c.filter[1]) * c.channels;
     constexpr int64_t kSpare = 256; // elements, that whole vectors are read and written past the end
-    task.band = floats_.of((rows * pitch + kSpare) * 4);
+    task.band = images_.of((rows * pitch + kSpare) * own.element);
     task.offsets = static_cast<int32_t*>(offsets_.of(points * 4));
   }
 
   // For bands of whole groups of patches, and `elements` for what they are transformed to.
-  void reserve_patches(const ConvArgs& c, ProjectionTask& task, int64_t elements) {
-    reserve(c, task, std::max(c.band, 4 * std::max(kMostPatches, c.out[1])));
-    task.patches = patches_.of(elements * 4);
+  void reserve_patches(const ConvArgs& c, const ConvKernels& own, ProjectionTask& task, int64_t elements) {
+    reserve(c, own, task, std::max(c.band, 4 * std::max(kMostPatches, c.out[1])));
+    task.patches = patches_.of(elements * own.element);
   }
 
   static BandMemory& of_thread() {
@@ -92,16 +101,16 @@ class BandMemory {
   }
 
  private:
-  Buffer floats_, offsets_, patches_;
+  Buffer images_, offsets_, patches_;
 };
 
 // How many points a band has, or 0 where the images are read in place.
-inline int64_t band_of(const ConvArgs& c, const Kernels& isa) {
+inline int64_t band_of(const ConvArgs& c, const Products& own) {
   const bool in_place = c.filter[0] == 1 && c.filter[1] == 1 && c.stride[0] == 1 && c.stride[1] == 1 &&
       c.before[0] == 0 && c.before[1] == 0 && c.in[0] == c.out[0] && c.in[1] == c.out[1];
   if (in_place) return 0;
-  const int64_t row_bytes = ((c.out[1] - 1) * c.stride[1] + c.filter[1]) * c.channels * 4;
-  const int64_t rows = std::max<int64_t>(1, (band_bytes(isa) / row_bytes - c.filter[0]) / c.stride[0]);
+  const int64_t row_bytes = ((c.out[1] - 1) * c.stride[1] + c.filter[1]) * c.channels * own.kernels.element;
+  const int64_t rows = std::max<int64_t>(1, (band_bytes(own) / row_bytes - c.filter[0]) / c.stride[0]);
   return rows * c.out[1];
 }
 
@@ -117,11 +126,11 @@ inline ProjectionSizes flat(int64_t depth, int64_t outputs, int64_t rows) {
 // `sums` get a set of `accumulators` for each part.
 class Product {
  public:
-  Product(ConvArgs& c, const Kernels& isa, int64_t direct_unit) : c_(c), isa_(isa), direct_unit_(direct_unit) {}
+  Product(ConvArgs& c, const ConvKernels& own, int64_t direct_unit) : c_(c), own_(own), direct_unit_(direct_unit) {}
 
   void run(bool wanted, Sums& sums, int64_t accumulators) {
     const int64_t least = shares_patches(c_) ? kSharedFilterSaving : kFilterSaving;
-    const bool transformed = wanted && takes_winograd(c_, isa_, least) && shares(true).count() >= shares(false).count();
+    const bool transformed = wanted && takes_winograd(c_, own_, least) && shares(true).count() >= shares(false).count();
     if (transformed && part(true, sums, accumulators)) return;
     part(false, sums, accumulators);
   }
@@ -136,28 +145,28 @@ class Product {
 
   void transform_patches() {
     thread_local Buffer memory;
-    c_.patches = memory.of(16 * patches_of(c_) * isa_.patch_pitch(c_) * 4);
+    c_.patches = memory.of(16 * patches_of(c_) * own_.patch_pitch(c_) * own_.element);
     const int64_t rows = c_.batch * ((c_.out[0] + 1) / 2);
     for_parts(parts_of(rows, 16 * patches_of(c_) * c_.channels), rows, [&](int64_t, int64_t begin, int64_t end) {
       ProjectionTask task;
       task.rows[0] = begin;
       task.rows[1] = end;
-      BandMemory::of_thread().reserve(c_, task, std::max(c_.band, 4 * c_.out[1]));
-      isa_.winograd_patches(c_, task);
+      BandMemory::of_thread().reserve(c_, own_, task, std::max(c_.band, 4 * c_.out[1]));
+      own_.winograd_patches(c_, task);
     });
   }
 
   void prepare(bool transformed) {
     c_.patches = nullptr;
-    transformed && shares_patches(c_) ? transform_patches() : pack_filters(c_, isa_, transformed);
+    transformed && shares_patches(c_) ? transform_patches() : pack_filters(c_, own_, transformed);
   }
 
   bool part(bool transformed, Sums& sums, int64_t accumulators) {
     prepare(transformed);
     if (!c_.is_mirrored) c_.store.tile_rows = transformed ? c_.out[0] * c_.out[1] : kStatisticsRows;
     const Shares shares = this->shares(transformed);
-    const ConvKernel kernel = transformed ? (c_.is_mirrored ? isa_.winograd_dgrad : isa_.winograd_fwd)
-                                          : (c_.is_mirrored ? isa_.conv_dgrad : isa_.conv_fwd);
+    const ConvKernel kernel = transformed ? (c_.is_mirrored ? own_.winograd_dgrad : own_.winograd_fwd)
+                                          : (c_.is_mirrored ? own_.dgrad : own_.fwd);
     sums.assign(shares.count(), std::vector<double>(accumulators));
     std::vector<char> unfinished(shares.count());
     shares.for_each([&](ProjectionTask& task, int64_t row_part) {
@@ -166,9 +175,9 @@ class Product {
       task.sums = sums[own].data();
       task.unfinished = &is_unfinished;
       if (transformed) {
-        BandMemory::of_thread().reserve_patches(c_, task, isa_.winograd_elements(c_));
+        BandMemory::of_thread().reserve_patches(c_, own_, task, own_.winograd_elements(c_));
       } else if (c_.band > 0) {
-        BandMemory::of_thread().reserve(c_, task, std::min(c_.band, task.rows[1] - task.rows[0]));
+        BandMemory::of_thread().reserve(c_, own_, task, std::min(c_.band, task.rows[1] - task.rows[0]));
       }
       kernel(c_, task);
       unfinished[own] = static_cast<char>(is_unfinished);
@@ -177,7 +186,7 @@ class Product {
   }
 
   ConvArgs& c_;
-  const Kernels& isa_;
+  const ConvKernels& own_;
   int64_t direct_unit_;
 };
 

@@ -7,8 +7,8 @@ namespace resnet_fused::cpu {
 
 class WeightPatches {
  public:
-  WeightPatches(ConvArgs& c, const Kernels& isa)
-      : c_(c), isa_(isa), rows_(c.batch * ((c.out[0] + 1) / 2)), across_((c.out[1] + 1) / 2) {}
+  WeightPatches(ConvArgs& c, const ConvKernels& own)
+      : c_(c), own_(own), rows_(c.batch * ((c.out[0] + 1) / 2)), across_((c.out[1] + 1) / 2) {}
 
   // (K, C * 9), or nothing where a result is not finite.
   std::optional<Tensor> run() {
@@ -46,11 +46,11 @@ class WeightPatches {
     thread_local Buffer patches, gradients, products;
     const int64_t left = round_up(c_.outputs), right = round_up(c_.channels);
     constexpr int64_t kChunkBytes = 16 << 20, kPoints = 16;
-    const int64_t fit = std::max<int64_t>(1, kChunkBytes / (kPoints * 4 * across_ * (left + right)));
+    const int64_t fit = std::max<int64_t>(1, kChunkBytes / (kPoints * own_.element * across_ * (left + right)));
     const int64_t chunks = (rows_ + fit - 1) / fit, most = (rows_ + chunks - 1) / chunks;
-    c_.patches = patches.of(kPoints * 4 * most * across_ * right);
-    c_.gradients = gradients.of(kPoints * 4 * most * across_ * left);
-    c_.products = chunks > 1 ? products.of(kPoints * 4 * c_.outputs * right) : nullptr;
+    c_.patches = patches.of(kPoints * own_.element * most * across_ * right);
+    c_.gradients = gradients.of(kPoints * own_.element * most * across_ * left);
+    c_.products = chunks > 1 ? products.of(kPoints * own_.element * c_.outputs * right) : nullptr;
     const Tensor weight = empty({c_.outputs, 9 * c_.channels}, {9 * c_.channels, 1}, ScalarType::Float);
     const Cut cut{c_.outputs, kRowUnit, parts_of((c_.outputs + kRowUnit - 1) / kRowUnit, work())};
     std::vector<char> unfinished(cut.parts);
@@ -60,8 +60,8 @@ class WeightPatches {
       const int64_t own = c_.chunk[1] - c_.chunk[0];
       for_parts(parts_of(own, work()), own, [&](int64_t, int64_t begin, int64_t end) {
         ProjectionTask task = task_of(c_.chunk[0] + begin, c_.chunk[0] + end);
-        BandMemory::of_thread().reserve(c_, task, std::max(c_.band, 4 * c_.out[1]));
-        isa_.winograd_weight_patches(c_, task);
+        BandMemory::of_thread().reserve(c_, own_, task, std::max(c_.band, 4 * c_.out[1]));
+        own_.winograd_weight_patches(c_, task);
       });
       for_parts(cut.parts, cut.parts, [&](int64_t part, int64_t, int64_t) {
         ProjectionTask task = task_of(0, 0);
@@ -77,8 +77,8 @@ class WeightPatches {
   void run_task(ProjectionTask& task, char& unfinished) const {
     bool is_unfinished = false;
     task.unfinished = &is_unfinished;
-    BandMemory::of_thread().reserve_patches(c_, task, isa_.winograd_weight_elements(c_));
-    isa_.winograd_wgrad(c_, task);
+    BandMemory::of_thread().reserve_patches(c_, own_, task, own_.winograd_weight_elements(c_));
+    own_.winograd_wgrad(c_, task);
     unfinished = static_cast<char>(is_unfinished);
   }
 
@@ -92,7 +92,7 @@ class WeightPatches {
   static constexpr int64_t kRowUnit = 16; // rows of dU: whole panels
 
   ConvArgs& c_;
-  const Kernels& isa_;
+  const ConvKernels& own_;
   int64_t rows_, across_;
 };
 

@@ -1,5 +1,5 @@
 // 3x3 convolutions of stride 1 by Winograd's F(2x2, 3x3): a patch of 4x4 pixels makes 2x2 results by 16 products, not
-// 36 (Lavin and Gray, "Fast algorithms for convolutional neural networks", 2015). Included by kernels.cpp only.
+// 36 (Lavin and Gray, "Fast algorithms for convolutional neural networks", 2015). Included by convolutions.cpp only.
 //
 //   V = B' d B of each patch, U = G g G' of each filter, M = the sum of U V over the channels, result = A' M A
 //
@@ -50,8 +50,8 @@ class PatchProduct {
       look.add(after, c_.channels * whole_panels<T>(columns) * sizeof(T));
       const int64_t from = points * point / kPoints, to = points * (point + 1) / kPoints;
       store_.ahead(look, first + from, static_cast<int>(to - from), column, columns);
-      look.share(whole_panels<T>(columns) / kPanelColumns<T> * cut.count * c_.channels *
-                 calls_of_tile<T>(kPanelRows, columns));
+      look.share(whole_panels<T>(columns) / kPanelColumns<T> * cut.count *
+                 calls_of_tile<T>(kPanelRows, columns, c_.channels));
       T* out = product_ + point * patches_ * pitch_;
       c_.channels <= kMostShort<T>
           ? multiply<kByShortRows>(cut, left + point * left_pitch, right + point * right_pitch, columns, out, look)
@@ -80,7 +80,7 @@ class PatchProduct {
       for (int64_t chain = 0; chain < chains; ++chain) {
         const int64_t d = C * chain / chains, steps = C * (chain + 1) / chains - d;
         for (int64_t p = 0; p < cut.count; ++p) {
-          const Ahead ahead = look.take(steps * calls_of_tile<T>(cut.rows(p), columns - j));
+          const Ahead ahead = look.take(calls_of_tile<T>(cut.rows(p), columns - j, steps));
           multiply_tile<T, layout>(cut.rows(p), columns - j, steps, left + cut.start(p) * kAcross<T, layout> + d,
                                    right + d * kPanelColumns<T>, out + cut.start(p) * pitch_ + j, pitch_, chain > 0,
                                    ahead);

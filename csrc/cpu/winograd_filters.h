@@ -1,5 +1,5 @@
 // Filters of 3x3 convolutions as Winograd's products take them: U = G g G', see winograd.h.
-// Included by kernels.cpp only.
+// Included by convolutions.cpp only.
 
 constexpr int kSide = 4; // of a patch
 constexpr int kPoints = kSide * kSide;

@@ -1,5 +1,5 @@
 // 4x4 patches of images, two points apart, as Winograd's products take them: V = B' d B, see winograd.h. Included by
-// kernels.cpp only.
+// convolutions.cpp only.
 
 // Bytes of a group: V, and M of a block of columns. More of them where the filters come from memory for every group.
 constexpr int64_t kPatchBytes = (kVectorBytes == 64 ? 448 : 128) * 1024;

@@ -1,5 +1,5 @@
 // The weight's gradient of 3x3 convolutions of stride 1 by Winograd's F(3x3, 2x2): the transpose of what winograd.h
-// multiplies. Included by kernels.cpp only.
+// multiplies. Included by convolutions.cpp only.
 //
 //   dU = the sum over the patches of (B' d B) (A dy A'), dg = G' dU G
 //

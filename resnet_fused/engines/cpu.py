@@ -7,7 +7,7 @@ absent (a pure-Python install): importing this module then still works, `load` s
 primitive raises RuntimeError with the reason. Every primitive raises RuntimeError naming the op, the
 argument, what was expected and what came.
 
-RESNET_FUSED_CPU_ISA (baseline, avx2 or avx512) overrides the instruction set chosen at run time.
+RESNET_FUSED_CPU_ISA (baseline, avx2, avx512, avx512_bf16 or amx) overrides the instruction set chosen at run time.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def load() -> str | None:
 
 
 def isa() -> str:
-    """The instruction set in use: baseline, avx2 or avx512. Raises RuntimeError without the library."""
+    """The instruction set in use, one of the names above. Raises RuntimeError without the library."""
     return _cpu_isa()
 
 

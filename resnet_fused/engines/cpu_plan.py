@@ -1,6 +1,7 @@
 """Whether a site's convolution on the CPU runs as our own packed matrix products or as the library's, and why.
 
-``own``: float32 products of ``csrc/cpu/gemm.h``. Batch norm and ReLU, or the gradient's affine, are applied while an
+``own``: products of ``csrc/cpu/gemm.h``, of float32 and bfloat16; in float32, but for bfloat16 on a machine that has
+instructions for its products (AVX512-BF16, AMX). Batch norm and ReLU, or the gradient's affine, are applied while an
 operand is packed; statistics, masks and sums are made while a tile is stored: a site makes no pass of its own over an
 activation, and neither a normalised activation nor ``dy`` is ever stored. ``library``: oneDNN's convolution with the
 engine's passes around it. Results differ by rounding.
@@ -22,7 +23,8 @@ from ..calls import SiteCall
 OWN_ALL, OWN_NONE = 3, 0  # bits of the ops' `packed`: our products, and Winograd's among them
 
 _CPU = torch.device("cpu")
-_WIDE = ("avx2", "avx512")  # instruction sets for which the rules take our products
+_DTYPES = (torch.float32, torch.bfloat16)
+_WIDE = ("avx2", "avx512", "avx512_bf16", "amx")  # instruction sets for which the rules take our products
 _FEW_POINTS = 16  # of a batch of one: its weight is most of what moves
 _SHORT_PATCH, _FEW_OUTPUTS = 32, 16  # a CIFAR network's stem, which benchmarks/test_bench_sites.py times either way
 _isa: Callable[[], str] | None = None
@@ -41,8 +43,8 @@ def isa() -> str:
 
 def impossible(shape: plan.ConvShape) -> str | None:
     """Why our products cannot run the shape, or None; ``can_pack`` of the C++ library."""
-    if shape.dtype != torch.float32:
-        return f"our products are of float32, not {str(shape.dtype).removeprefix('torch.')}"
+    if shape.dtype not in _DTYPES:
+        return f"our products are of float32 and bfloat16, not {str(shape.dtype).removeprefix('torch.')}"
     if shape.groups != 1:
         return f"{shape.groups} groups"
     if shape.dilation != (1, 1):
@@ -72,7 +74,7 @@ def variant(shape: plan.ConvShape) -> plan.Variant:
 
 def packed(call: SiteCall, x: Tensor, weight: Tensor) -> int:
     """Bits for an op's ``packed``. Sizes that torch.compile keeps open were not measured: the rules decide."""
-    if x.dtype != torch.float32:
+    if x.dtype not in _DTYPES:
         return OWN_NONE
     winners.ready_for(_CPU)
     if torch.compiler.is_compiling():
@@ -80,7 +82,7 @@ def packed(call: SiteCall, x: Tensor, weight: Tensor) -> int:
         if not all(known(size) for size in x.shape):
             return _by_rule()
     convolution = (call.stride, call.padding, call.dilation, call.groups)
-    return _packed(convolution, tuple(x.shape), tuple(weight.shape))
+    return _packed(convolution, tuple(x.shape), tuple(weight.shape), x.dtype)
 
 
 def _by_rule() -> int:
@@ -90,8 +92,10 @@ def _by_rule() -> int:
 _by_rule._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see `winners.ready`
 
 
-def _packed(convolution: tuple[Any, ...], size: tuple[int, ...], filters: tuple[int, ...]) -> int:
-    return _decide(winners.token, plan.forced_name(), torch.get_num_threads(), isa(), convolution, size, filters)
+def _packed(
+    convolution: tuple[Any, ...], size: tuple[int, ...], filters: tuple[int, ...], dtype: torch.dtype
+) -> int:
+    return _decide(winners.token, plan.forced_name(), torch.get_num_threads(), isa(), convolution, size, filters, dtype)
 
 
 _packed._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see `winners.ready`
@@ -106,7 +110,8 @@ def _decide(
     convolution: tuple[Any, ...],
     size: tuple[int, ...],
     filters: tuple[int, ...],
+    dtype: torch.dtype,
 ) -> int:
     """The first four are what a decision depends on besides the shape."""
-    shape = plan.shape_of("cpu", convolution, False, size, (0, 0, 0, 0), filters, torch.float32, _CPU)
+    shape = plan.shape_of("cpu", convolution, False, size, (0, 0, 0, 0), filters, dtype, _CPU)
     return OWN_ALL if variant(shape).name == plan.OWN else OWN_NONE
