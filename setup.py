@@ -47,6 +47,8 @@ X86_BF16_FLAGS = {
     "avx512_bf16": [*_AVX512, "-mavx512bf16"],
     "amx": [*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
+# GCC would load all rows of a tile before it multiplies them, and spill its sums.
+ARM_FLAGS = {"baseline": ["-fno-schedule-insns"]}
 # GCC 12 takes the undefined operands of its own AVX-512 intrinsics for a mistake of ours.
 WARNINGS = ["-Wall", "-Wextra", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 
@@ -67,8 +69,9 @@ class Config:
 
     def isa_flags(self, source: Path) -> dict[str, list[str]]:
         """Instruction set -> compiler flags of a source, for this machine's architecture."""
-        if platform.machine().lower() not in ("x86_64", "amd64"):
-            return {"baseline": []}
+        machine = platform.machine().lower()
+        if machine not in ("x86_64", "amd64"):
+            return ARM_FLAGS if machine == "aarch64" else {"baseline": []}
         return X86_FLAGS | X86_BF16_FLAGS if source == CONVOLUTIONS and self.knows_bf16 else X86_FLAGS
 
     @functools.cached_property

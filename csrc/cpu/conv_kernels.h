@@ -53,6 +53,7 @@ void convolve(const ConvArgs& c, const ProjectionTask& task, Store& store) {
     }
     for_bands(c, task, [&](Range points) {
       Band<T> band(c, task, points);
+      band.index(c, points);
       band.fill(c, source);
       MultiplyRows<T, Band<T>, Right, Store> product(band, filters, store, task.workspace);
       product.run(points, columns, depth);
@@ -101,6 +102,9 @@ void conv_fwd(const ConvArgs& c, const ProjectionTask& task) {
   with_forward_store<A>(c, task, [&](auto& store) { convolve<A>(c, task, store); });
 }
 
+constexpr int kMostFinished = 16; // rows that a store takes at once
+static_assert(kPanelRows <= kMostFinished);
+
 // The gradient of an image, with a second one added, masked by the ReLU it passes next, and the sums of the batch norm
 // before that.
 template <class A>
@@ -123,7 +127,7 @@ struct GradientStore {
   }
 
   void finish(const T* tile, int64_t pitch, int64_t row, int rows, int64_t column, int64_t columns) {
-    int64_t at[kPanelRows];
+    int64_t at[kMostFinished];
     for (int r = 0; r < rows; ++r) at[r] = position(row + r) * conv.outputs + column;
     for_columns<A>(columns, conv.streamed, [&](int64_t j, auto lanes) {
       args.y == nullptr ? plain(tile + j, pitch, at, rows, j, lanes)
@@ -206,6 +210,7 @@ void conv_wgrad(const ConvArgs& c, const ProjectionTask& task) {
       bool add = false;
       for_bands(c, task, [&](Range points) {
         Band<T> band(c, task, points);
+        band.index(c, points);
         band.fill(c, source);
         MultiplyColumns<T, Dy, Band<T>> product(dy, band, task.workspace);
         product.run(result, depth, outputs, {0, run}, points, nullptr, add);

@@ -82,13 +82,19 @@ class Band {
       : data_(static_cast<T*>(task.band)),
         offsets_(task.offsets),
         first_(points.begin),
+        down_(c.out[0]),
+        step_(c.stride[0]),
         padded_{(c.out[0] - 1) * c.stride[0] + c.filter[0], (c.out[1] - 1) * c.stride[1] + c.filter[1]},
         run_(c.filter[1] * c.channels),
         pitch_(padded_[1] * c.channels),
-        runs_(c.filter[0]) {
+        runs_(c.filter[0]),
+        low_(padded_row(points.begin / c.out[1])),
+        rows_(padded_row((points.end - 1) / c.out[1]) - low_ + runs_) {}
+
+  // Finds where the patches of its points begin, for `offset`.
+  void index(const ConvArgs& c, Range points) {
     const int64_t Q = c.out[1], P = c.out[0];
     int64_t q = points.begin % Q, p = points.begin / Q % P, n = points.begin / Q / P;
-    low_ = n * padded_[0] + p * c.stride[0];
     int64_t at = q * c.stride[1] * c.channels, row = 0;
     for (int64_t i = points.begin; i < points.end; ++i) {
       offsets_[i - first_] = static_cast<int32_t>(row * pitch_ + at);
@@ -100,7 +106,6 @@ class Band {
         row = n * padded_[0] + p * c.stride[0] - low_;
       }
     }
-    rows_ = row + c.filter[0];
   }
 
   // The rows from an image source, zero outside the images.
@@ -126,6 +131,8 @@ class Band {
   void end_with_zeros() { zero(data_ + rows_ * pitch_, pitch_ + run_); }
 
   int64_t offset(int64_t point) const { return offsets_[point - first_]; }
+  // The patch of the first point of a row of the flattened (N, P).
+  const T* row(int64_t row) const { return data_ + (padded_row(row) - low_) * pitch_; }
   const T* data() const { return data_; }
   int64_t runs() const { return runs_; }
   int64_t run() const { return run_; }
@@ -152,6 +159,9 @@ class Band {
   void region(LookAhead&, int64_t, int64_t, int64_t) const {}
 
  private:
+  // Of all images, each with its padding.
+  int64_t padded_row(int64_t row) const { return row / down_ * padded_[0] + row % down_ * step_; }
+
   static void zero(T* out, int64_t count) {
     for (int64_t i = 0; i < count; i += kLanes<T>) store_vec(out + i, Vec<Opmath<T>>{}); // the next elements are written later
   }
@@ -164,6 +174,15 @@ class Band {
       }
       return;
     }
+    if (channels % kLanes<T> == 0) {
+      for (int64_t j = 0; j < channels; j += kLanes<T>) {
+        const auto column = source.column(j);
+        for (int64_t w = 0; w < pixels; ++w) {
+          store_vec(out + w * channels + j, source.load(column, at + w * channels + j, AllLanes{}));
+        }
+      }
+      return;
+    }
     for (int64_t w = 0; w < pixels; ++w, at += channels, out += channels) {
       for (int64_t j = 0; j < channels; j += kLanes<T>) {
         store_vec(out + j, load_within(source, source.column(j), at + j));
@@ -173,7 +192,7 @@ class Band {
 
   T* data_;
   int32_t* offsets_;
-  int64_t first_, padded_[2], run_, pitch_, runs_, low_, rows_;
+  int64_t first_, down_, step_, padded_[2], run_, pitch_, runs_, low_, rows_;
 };
 
 ALWAYS_INLINE void copy_vec(float* to, const float* from) { store_vec(to, load_vec(from)); }

@@ -28,6 +28,8 @@ namespace {
 
 #include "conv_kernels.h"
 
+#include "narrow.h"
+
 #include "winograd_filters.h"
 
 #include "winograd_patches.h"
@@ -65,6 +67,10 @@ constexpr ConvKernels with_winograd() {
   own.winograd_weight_elements = winograd_weight_elements<A>;
   own.winograd_weight_patches = winograd_weight_patches<A>;
   own.winograd_wgrad = winograd_wgrad<A>;
+  if (kVectorBytes == 64) {
+    own.narrow_fwd = narrow_fwd<A>;
+    own.narrow_dgrad = narrow_dgrad<A>;
+  }
   return own;
 }
 

@@ -29,8 +29,10 @@ template <class T>
 constexpr int64_t kMostDepth = 2048 / sizeof(T);
 template <class T>
 constexpr int64_t kRowPitch = kMostDepth<T> + 64 / sizeof(T);
+// Whole vectors of any type, and a divisor of the rows that packed_weight.h gives to a task.
 template <class T>
-constexpr int64_t kDepthPitch = (kPanelRows + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+constexpr int64_t kDepthPitch = kPanelRows > 8 ? 16 : 8;
+static_assert(kPanelRows <= 16 && kDepthPitch<float> % kLanes<float> == 0);
 
 template <class T>
 constexpr int64_t kMostShort = 256 / sizeof(T);

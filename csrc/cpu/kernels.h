@@ -178,6 +178,8 @@ struct ConvKernels {
   int64_t (*winograd_weight_elements)(const ConvArgs&) = nullptr;
   ConvKernel winograd_weight_patches = nullptr; // rows: of patches, as for the next
   ConvKernel winograd_wgrad = nullptr;
+  ConvKernel narrow_fwd = nullptr; // null: there are none, as of the next
+  ConvKernel narrow_dgrad = nullptr;
 };
 
 struct Kernels {

@@ -84,7 +84,7 @@ class BandMemory {
     const int64_t rows = (points / c.out[1] + 2) * c.stride[0] + (points / (c.out[0] * c.out[1]) + 2) * per_image +
         c.filter[0];
     const int64_t pitch = ((c.out[1] - 1) * c.stride[1] + c.filter[1]) * c.channels;
-    constexpr int64_t kSpare = 256; // elements, that whole vectors are read and written past the end
+    constexpr int64_t kSpare = 2048; // elements, that whole vectors and runs are read and written past the end
     task.band = images_.of((rows * pitch + kSpare) * own.element);
     task.offsets = static_cast<int32_t*>(offsets_.of(points * 4));
   }
@@ -122,24 +122,52 @@ inline ProjectionSizes flat(int64_t depth, int64_t outputs, int64_t rows) {
   return {1, depth, rows, 1, outputs, rows, 1, {1, 1}};
 }
 
-// Runs a product over parts of the result: Winograd's where it is wanted and its results are finite, else the direct one.
-// `sums` get a set of `accumulators` for each part.
+// Whether a filter of up to 3x3 is so narrow that a panel of it would be one vector or two, or for a stride of 2, where
+// Winograd is of no help, four.
+inline bool is_narrow(const ConvArgs& c) {
+  const bool is_strided = c.stride[0] != 1 || c.stride[1] != 1, is_scattered = c.grid_step[0] != 1;
+  const bool is_whole = c.filter[0] == 3 && c.filter[1] == 3 && c.grid_step[1] == 1;
+  const bool is_half = c.stride[0] == 2 && c.stride[1] == 2 && is_whole && !is_scattered;
+  const bool is_class = is_scattered && c.grid_step[0] == 2 && c.grid_step[1] == 2 && c.filter[0] > 0 &&
+      c.filter[0] <= 2 && c.filter[1] <= 2;
+  const bool few = c.channels == 16 || c.channels == 32, wide = c.channels == 64 && c.outputs <= 32;
+  if (is_strided) return is_half && few && c.outputs <= 64;
+  return is_class ? (few || wide) && c.outputs <= 32 : is_whole && !is_scattered && few && c.outputs <= 32;
+}
+
+// How many points a band of it has: it is read again from the first-level caches, or the second.
+inline int64_t narrow_band_of(const ConvArgs& c, const ConvKernels& own) {
+  constexpr int64_t kBytes = 64 * 1024;
+  const int64_t row_bytes = ((c.out[1] - 1) * c.stride[1] + c.filter[1]) * c.channels * own.element;
+  return std::max<int64_t>(1, (kBytes / row_bytes - c.filter[0]) / c.stride[0]) * c.out[1];
+}
+
+// Runs a product over parts of the result: the narrow kernels' or Winograd's where they are faster and shared as well as
+// the direct one, and Winograd's results are finite; else the direct one. `sums` get a set of `accumulators` for each part.
 class Product {
  public:
   Product(ConvArgs& c, const ConvKernels& own, int64_t direct_unit) : c_(c), own_(own), direct_unit_(direct_unit) {}
 
-  void run(bool wanted, Sums& sums, int64_t accumulators) {
+  void run(bool winograd, Sums& sums, int64_t accumulators) {
+    const int64_t direct = shares(kDirect).count();
+    if (own_.narrow_fwd != nullptr && is_narrow(c_) && shares(kNarrow).count() >= direct) {
+      part(kNarrow, sums, accumulators);
+      return;
+    }
     const int64_t least = shares_patches(c_) ? kSharedFilterSaving : kFilterSaving;
-    const bool transformed = wanted && takes_winograd(c_, own_, least) && shares(true).count() >= shares(false).count();
-    if (transformed && part(true, sums, accumulators)) return;
-    part(false, sums, accumulators);
+    const bool transformed = winograd && takes_winograd(c_, own_, least) && shares(kWinograd).count() >= direct;
+    if (transformed && part(kWinograd, sums, accumulators)) return;
+    part(kDirect, sums, accumulators);
   }
 
  private:
-  // Winograd's rows are whole images, which are also the tiles of its statistics.
-  Shares shares(bool transformed) const {
+  enum Way { kDirect, kNarrow, kWinograd };
+
+  // The rows of the others are whole images, which are also the tiles of their statistics.
+  Shares shares(Way way) const {
     const int64_t image = c_.out[0] * c_.out[1], depth = c_.filter[0] * c_.filter[1] * c_.channels;
-    const int64_t unit = !transformed ? direct_unit_ : shares_patches(c_) ? c_.batch * image : image;
+    const int64_t unit = way == kDirect ? direct_unit_
+        : way == kWinograd && shares_patches(c_) ? c_.batch * image : image;
     return product_shares(flat(depth, c_.outputs, c_.batch * image), c_.outputs, unit);
   }
 
@@ -156,17 +184,23 @@ class Product {
     });
   }
 
-  void prepare(bool transformed) {
+  void prepare(Way way) {
     c_.patches = nullptr;
-    transformed && shares_patches(c_) ? transform_patches() : pack_filters(c_, own_, transformed);
+    if (way == kNarrow) {
+      c_.band = narrow_band_of(c_, own_);
+      return;
+    }
+    way == kWinograd && shares_patches(c_) ? transform_patches() : pack_filters(c_, own_, way == kWinograd);
   }
 
-  bool part(bool transformed, Sums& sums, int64_t accumulators) {
-    prepare(transformed);
-    if (!c_.is_mirrored) c_.store.tile_rows = transformed ? c_.out[0] * c_.out[1] : kStatisticsRows;
-    const Shares shares = this->shares(transformed);
-    const ConvKernel kernel = transformed ? (c_.is_mirrored ? own_.winograd_dgrad : own_.winograd_fwd)
-                                          : (c_.is_mirrored ? own_.dgrad : own_.fwd);
+  bool part(Way way, Sums& sums, int64_t accumulators) {
+    prepare(way);
+    if (!c_.is_mirrored) c_.store.tile_rows = way == kDirect ? kStatisticsRows : c_.out[0] * c_.out[1];
+    const Shares shares = this->shares(way);
+    const ConvKernel kernels[][2] = {{own_.fwd, own_.dgrad},
+                                     {own_.narrow_fwd, own_.narrow_dgrad},
+                                     {own_.winograd_fwd, own_.winograd_dgrad}};
+    const ConvKernel kernel = kernels[way][c_.is_mirrored];
     sums.assign(shares.count(), std::vector<double>(accumulators));
     std::vector<char> unfinished(shares.count());
     shares.for_each([&](ProjectionTask& task, int64_t row_part) {
@@ -174,7 +208,7 @@ class Product {
       bool is_unfinished = false;
       task.sums = sums[own].data();
       task.unfinished = &is_unfinished;
-      if (transformed) {
+      if (way == kWinograd) {
         BandMemory::of_thread().reserve_patches(c_, own_, task, own_.winograd_elements(c_));
       } else if (c_.band > 0) {
         BandMemory::of_thread().reserve(c_, own_, task, std::min(c_.band, task.rows[1] - task.rows[0]));

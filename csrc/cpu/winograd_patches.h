@@ -19,7 +19,8 @@ struct PatchGrid {
         rows(c.batch * down) {}
 
   // The first point of a row's results; those of rows that follow one another do, too.
-  int64_t point(int64_t row) const { return (row / down * height + 2 * (row % down)) * width; }
+  int64_t point(int64_t row) const { return line(row) * width; }
+  int64_t line(int64_t row) const { return row / down * height + 2 * (row % down); }
   // Rows of the grid of points that a row of patches makes.
   int64_t made(int64_t row) const { return 2 * (row % down) + 1 < height ? 2 : 1; }
 };
@@ -74,7 +75,7 @@ ALWAYS_INLINE void transform_patches(const ConvArgs& c, const PatchGrid& grid, c
   int64_t done = 0;
   for (int64_t row = rows.begin; row < rows.end; ++row) {
     for (int64_t i = 0; i < grid.across; ++i, ++done) {
-      const T* patch = band.data() + band.offset(grid.point(row) + 2 * i);
+      const T* patch = band.row(grid.line(row)) + 2 * i * C;
       for (int64_t j = 0; j < C; j += kLanes<T>) {
         Vec<T> d[kSide][kSide];
 #pragma GCC unroll 4
@@ -99,7 +100,7 @@ ALWAYS_INLINE void transform_patches(const ConvArgs& c, const PatchGrid& grid, c
 template <class V>
 bool is_zero(const V& sum) {
   bool all = true;
-  for (size_t i = 0; i < sizeof(V) / sizeof(sum[0]); ++i) all = all && sum[i] == 0;
+  for (unsigned i = 0; i < sizeof(V) / sizeof(sum[0]); ++i) all = all && sum[i] == 0;
   return all;
 }
 

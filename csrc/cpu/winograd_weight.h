@@ -9,6 +9,7 @@
 
 constexpr int64_t kWeightPatchBytes = (kVectorBytes == 64 ? 768 : 192) * 1024; // of a group: V and A dy A'
 constexpr int64_t kWeightRows = 64, kWeightColumns = 256; // of a block of dU
+static_assert(kWeightRows % kDepthPitch<float> == 0, "blocks begin at whole panels");
 
 // A matrix of patches by channels, 16 times, in panels of W channels.
 template <class T, int64_t W>

@@ -92,9 +92,7 @@ def _by_rule() -> int:
 _by_rule._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see `winners.ready`
 
 
-def _packed(
-    convolution: tuple[Any, ...], size: tuple[int, ...], filters: tuple[int, ...], dtype: torch.dtype
-) -> int:
+def _packed(convolution: tuple[Any, ...], size: tuple[int, ...], filters: tuple[int, ...], dtype: torch.dtype) -> int:
     return _decide(winners.token, plan.forced_name(), torch.get_num_threads(), isa(), convolution, size, filters, dtype)
 
 
