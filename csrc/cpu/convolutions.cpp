@@ -30,6 +30,8 @@ namespace {
 
 #include "narrow.h"
 
+#include "narrow_weight.h"
+
 #include "winograd_filters.h"
 
 #include "winograd_patches.h"
@@ -70,6 +72,8 @@ constexpr ConvKernels with_winograd() {
   if (kVectorBytes == 64) {
     own.narrow_fwd = narrow_fwd<A>;
     own.narrow_dgrad = narrow_dgrad<A>;
+    own.narrow_weight_elements = narrow_weight_elements<A>;
+    own.narrow_wgrad = narrow_wgrad<A>;
   }
   return own;
 }

@@ -180,6 +180,8 @@ struct ConvKernels {
   ConvKernel winograd_wgrad = nullptr;
   ConvKernel narrow_fwd = nullptr; // null: there are none, as of the next
   ConvKernel narrow_dgrad = nullptr;
+  int64_t (*narrow_weight_elements)(const ConvArgs&) = nullptr;
+  ConvKernel narrow_wgrad = nullptr;     // rows: of the flattened (N, P)
 };
 
 struct Kernels {

@@ -95,6 +95,12 @@ class BandMemory {
     task.patches = patches_.of(elements * own.element);
   }
 
+  // For the bands of narrow_weight, and what it sums.
+  void reserve_narrow(const ConvArgs& c, const ConvKernels& own, ProjectionTask& task) {
+    reserve(c, own, task, c.band);
+    task.patches = patches_.of(own.narrow_weight_elements(c) * own.element);
+  }
+
   static BandMemory& of_thread() {
     thread_local BandMemory memory;
     return memory;

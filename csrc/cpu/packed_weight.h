@@ -1,9 +1,32 @@
-// How a weight's gradient by Winograd runs on the threads; see winograd_weight.h.
+// How a weight's gradient by Winograd, or of few channels, runs on the threads; see winograd_weight.h, narrow_weight.h.
 #pragma once
 
 #include "packed_product.h"
 
 namespace resnet_fused::cpu {
+
+// Of 32 channels Winograd is as fast.
+inline bool takes_narrow_weight(const ConvArgs& c, const ConvKernels& own) {
+  constexpr int64_t kMost = 16;
+  return own.narrow_wgrad != nullptr && is_narrow(c) && c.stride[0] == 1 && c.channels <= kMost;
+}
+
+// (K, C * 9) of few channels: each task has rows of the grid.
+inline Tensor narrow_weight(ConvArgs& c, const ConvKernels& own) {
+  c.band = narrow_band_of(c, own);
+  const int64_t rows = c.batch * c.out[0], points = rows * c.out[1];
+  const int64_t count = parts_of(rows, points * 9 * std::max(c.channels, c.outputs));
+  Parts parts(flat(9 * c.channels, c.outputs, points), count, ScalarType::Float, 0);
+  for_parts(count, rows, [&](int64_t part, int64_t begin, int64_t end) {
+    ProjectionTask task;
+    task.rows[0] = begin;
+    task.rows[1] = end;
+    task.result = parts.weight_of(part);
+    BandMemory::of_thread().reserve_narrow(c, own, task);
+    own.narrow_wgrad(c, task);
+  });
+  return parts.sum();
+}
 
 class WeightPatches {
  public:
