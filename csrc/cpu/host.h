@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <atomic>
 #include <numeric>
 #include <vector>
 
@@ -165,11 +166,16 @@ inline int64_t parts_of(int64_t units, int64_t elements) {
   return std::max<int64_t>(1, std::min({threads, units, elements / kElementsPerThread}));
 }
 
-// Calls run(part, begin, end) for a fixed partition of [0, units): the same for any schedule of threads.
+// Calls run(part, begin, end) for a fixed partition of [0, units): the same for any schedule of threads. Of more parts
+// than threads each takes the next one when it is done, so that a slower core gets fewer.
 template <class Run>
 void for_parts(int64_t parts, int64_t units, const Run& run) {
-  torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
-    for (int64_t part = first; part < last; ++part) run(part, units * part / parts, units * (part + 1) / parts);
+  const int64_t threads = std::min<int64_t>(parts, torch::stable::get_num_threads());
+  std::atomic<int64_t> next{threads};
+  const auto run_part = [&](int64_t part) { run(part, units * part / parts, units * (part + 1) / parts); };
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+    for (int64_t part = first; part < last; ++part) run_part(part);
+    for (int64_t part = next++; part < parts; part = next++) run_part(part);
   });
 }
 

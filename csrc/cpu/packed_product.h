@@ -202,7 +202,8 @@ class Product {
   bool part(Way way, Sums& sums, int64_t accumulators) {
     prepare(way);
     if (!c_.is_mirrored) c_.store.tile_rows = way == kDirect ? kStatisticsRows : c_.out[0] * c_.out[1];
-    const Shares shares = this->shares(way);
+    const int64_t work = c_.batch * c_.out[0] * c_.out[1] * c_.filter[0] * c_.filter[1] * c_.channels * c_.outputs;
+    const Shares shares = this->shares(way).finer(work);
     const ConvKernel kernels[][2] = {{own_.fwd, own_.dgrad},
                                      {own_.narrow_fwd, own_.narrow_dgrad},
                                      {own_.winograd_fwd, own_.winograd_dgrad}};

@@ -139,6 +139,14 @@ struct Shares {
 
   int64_t count() const { return rows.parts * channels.parts; }
 
+  // More parts of rows than threads, of some 10 us at least: a thread on a core that others use too gets fewer.
+  Shares finer(int64_t multiply_adds) const {
+    constexpr int64_t kFiner = 4, kLeast = 1 << 21;
+    Shares s = *this;
+    s.rows.parts = std::clamp(std::min(rows.parts * kFiner, multiply_adds / kLeast), rows.parts, rows.units());
+    return s;
+  }
+
   // Calls run(task) for every part, in parallel; a part is a row part and a channel part of it.
   template <class Run>
   void for_each(const Run& run) const {
