@@ -186,6 +186,14 @@ def test_winograd_is_taken(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [name for name in direct if direct[name].equal(by_patches[name])] == []
 
 
+@pytest.mark.skipif(cpu_plan.isa() in ("baseline", "avx2"), reason="only AVX-512 sums few channels directly")
+def test_few_channels_are_not_winograd_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = NARROW["16 channels"]
+    x = image(case, 0, torch.float32)
+    direct, allowed = (results(packed, case, x, monkeypatch) for packed in (1, cpu_plan.OWN_ALL))
+    assert [name for name in direct if not direct[name].equal(allowed[name])] == []
+
+
 @pytest.mark.parametrize("name", ["odd", "rows of the weight", "more filters than patches"])
 def test_what_was_in_memory_before_does_not_matter(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = PATCHES[name]

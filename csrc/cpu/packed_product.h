@@ -110,14 +110,17 @@ class BandMemory {
   Buffer images_, offsets_, patches_;
 };
 
+// How many points have their images within `bytes`: whole rows of the grid, one at least.
+inline int64_t points_within(const ConvArgs& c, const ConvKernels& own, int64_t bytes) {
+  const int64_t row_bytes = ((c.out[1] - 1) * c.stride[1] + c.filter[1]) * c.channels * own.element;
+  return std::max<int64_t>(1, (bytes / row_bytes - c.filter[0]) / c.stride[0]) * c.out[1];
+}
+
 // How many points a band has, or 0 where the images are read in place.
 inline int64_t band_of(const ConvArgs& c, const Products& own) {
   const bool in_place = c.filter[0] == 1 && c.filter[1] == 1 && c.stride[0] == 1 && c.stride[1] == 1 &&
       c.before[0] == 0 && c.before[1] == 0 && c.in[0] == c.out[0] && c.in[1] == c.out[1];
-  if (in_place) return 0;
-  const int64_t row_bytes = ((c.out[1] - 1) * c.stride[1] + c.filter[1]) * c.channels * own.kernels.element;
-  const int64_t rows = std::max<int64_t>(1, (band_bytes(own) / row_bytes - c.filter[0]) / c.stride[0]);
-  return rows * c.out[1];
+  return in_place ? 0 : points_within(c, own.kernels, band_bytes(own));
 }
 
 // One set of accumulators for each part.
@@ -131,22 +134,16 @@ inline ProjectionSizes flat(int64_t depth, int64_t outputs, int64_t rows) {
 // Whether a filter of up to 3x3 is so narrow that a panel of it would be one vector or two, or for a stride of 2, where
 // Winograd is of no help, four.
 inline bool is_narrow(const ConvArgs& c) {
-  const bool is_strided = c.stride[0] != 1 || c.stride[1] != 1, is_scattered = c.grid_step[0] != 1;
-  const bool is_whole = c.filter[0] == 3 && c.filter[1] == 3 && c.grid_step[1] == 1;
-  const bool is_half = c.stride[0] == 2 && c.stride[1] == 2 && is_whole && !is_scattered;
-  const bool is_class = is_scattered && c.grid_step[0] == 2 && c.grid_step[1] == 2 && c.filter[0] > 0 &&
-      c.filter[0] <= 2 && c.filter[1] <= 2;
-  const bool few = c.channels == 16 || c.channels == 32, wide = c.channels == 64 && c.outputs <= 32;
-  if (is_strided) return is_half && few && c.outputs <= 64;
-  return is_class ? (few || wide) && c.outputs <= 32 : is_whole && !is_scattered && few && c.outputs <= 32;
+  const auto both = [](const int64_t* sides, int64_t value) { return sides[0] == value && sides[1] == value; };
+  const bool few = c.channels == 16 || c.channels == 32, is_3x3 = both(c.filter, 3);
+  if (both(c.stride, 1) && both(c.grid_step, 1)) return is_3x3 && few && c.outputs <= 32;
+  if (both(c.stride, 2) && both(c.grid_step, 1)) return is_3x3 && few && c.outputs <= 64;
+  const bool is_half = c.filter[0] > 0 && c.filter[0] <= 2 && c.filter[1] > 0 && c.filter[1] <= 2; // of its dgrad
+  return both(c.stride, 1) && both(c.grid_step, 2) && is_half && (few || c.channels == 64) && c.outputs <= 32;
 }
 
 // How many points a band of it has: it is read again from the first-level caches, or the second.
-inline int64_t narrow_band_of(const ConvArgs& c, const ConvKernels& own) {
-  constexpr int64_t kBytes = 64 * 1024;
-  const int64_t row_bytes = ((c.out[1] - 1) * c.stride[1] + c.filter[1]) * c.channels * own.element;
-  return std::max<int64_t>(1, (kBytes / row_bytes - c.filter[0]) / c.stride[0]) * c.out[1];
-}
+inline int64_t narrow_band_of(const ConvArgs& c, const ConvKernels& own) { return points_within(c, own, 64 * 1024); }
 
 // Runs a product over parts of the result: the narrow kernels' or Winograd's where they are faster and shared as well as
 // the direct one, and Winograd's results are finite; else the direct one. `sums` get a set of `accumulators` for each part.
