@@ -23,6 +23,7 @@ from .test_cpu_site import (
     both,
     forward_arguments,
     image,
+    masked,
     outcome,
     parameters,
     seeds,
@@ -59,6 +60,9 @@ NARROW = {
     "16 channels stride 2": Case((16, 40), stride=2, image=(17, 35)),
     "32 channels stride 2": Case((32, 64), stride=2, image=(10, 12)),
     "16 channels without padding": Case((16, 7), padding=0, image=(21, 29)),
+    "a picture": Case((3, 24), image=(17, 35)),
+    "a picture stride 2": Case((3, 40), stride=2, padding=0, image=(18, 33)),
+    "a picture 7x7": Case((3, 20), 7, 2, 3, image=(21, 34)),
 }
 BF16_CASES = {
     **CASES,
@@ -74,15 +78,6 @@ def own() -> Iterator[None]:
     """Everything that our products can run, whatever the rules of speed say."""
     with plan.force(plan.OWN):
         yield
-
-
-def masked(found: dict[str, Tensor], kind: str, case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
-    """With the source's gradient behind its ReLU: whoever reads it masks it, so our products may have done that."""
-    if kind != "pending" or "source" not in found:
-        return found
-    x, moments = (t.double() for t in source(kind, case, dtype)[1:3])
-    mean, _, scale, shift, _ = (row[:, None, None] for row in moments)
-    return {**found, "source": found["source"].where(scale * (x - mean) + shift > 0, 0)}
 
 
 def law(case: Case, kind: str, dtype: torch.dtype = torch.float32, **options: Any) -> None:
@@ -217,6 +212,15 @@ def test_a_weight_gradient_that_is_not_finite(value: float, name: str, monkeypat
     assert not direct[:, 3].isfinite().all() or value == 3e38
 
 
+@pytest.mark.parametrize("name", ["16 channels", "a picture", "a picture stride 2", "a picture 7x7"])
+def test_zeros_beside_a_gradient_do_not_spread_a_nan(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = NARROW[name]
+    x = image(case, 0, torch.float32)
+    x[1, 2, 0, :2] = float("nan")
+    own, library = (results(bits, case, x, monkeypatch)["weight"] for bits in (cpu_plan.OWN_ALL, cpu_plan.OWN_NONE))
+    assert own.isfinite().equal(library.isfinite()) and own[:, 2].isfinite().any() and own[:, :2].isfinite().all()
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38], ids=["nan", "inf", "nearly inf"])
 def test_winograd_gives_way_where_results_are_not_finite(value: float) -> None:
     """A patch would spread it to neighbours that the filter does not reach."""
@@ -261,7 +265,6 @@ SLOWER = {
         {"n": 1, "c": 512, "h": 4, "w": 4, "k": 512},
         "16 points of one image: packing the weight costs more",
     ),
-    "a narrow stem": ({"c": 3, "k": 16}, "3 channels and 16 outputs fill no register tile"),
 }
 
 
@@ -271,8 +274,26 @@ def test_where_they_are_slower_the_library_runs(why: str) -> None:
     changes, reason = SLOWER[why]
     found = cpu_plan.variant(dataclasses.replace(SHAPE, **changes))
     assert found == plan.Variant(plan.LIBRARY, reason)
-    wider = {"n": 2} if "n" in changes else {"k": 17}
-    assert cpu_plan.variant(dataclasses.replace(SHAPE, **{**changes, **wider})).name == plan.OWN
+    assert cpu_plan.variant(dataclasses.replace(SHAPE, **{**changes, "n": 2})).name == plan.OWN
+
+
+@pytest.mark.parametrize(
+    ("isa", "dtype", "owner"),
+    [
+        ("avx2", torch.float32, plan.LIBRARY),
+        ("avx512", torch.float32, plan.OWN),
+        ("avx512", torch.bfloat16, plan.OWN),
+        ("amx", torch.float32, plan.OWN),
+        ("amx", torch.bfloat16, plan.LIBRARY),
+    ],
+)
+def test_a_narrow_stem_runs_where_there_are_kernels_for_it(
+    isa: str, dtype: torch.dtype, owner: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_plan, "isa", lambda: isa)
+    stem = dataclasses.replace(SHAPE, c=3, k=16, dtype=dtype)
+    assert cpu_plan.variant(stem).name == owner
+    assert cpu_plan.variant(dataclasses.replace(stem, k=17)).name == plan.OWN
 
 
 def test_what_was_measured_decides() -> None:

@@ -166,6 +166,10 @@ inline int64_t parts_of(int64_t units, int64_t elements) {
   return std::max<int64_t>(1, std::min({threads, units, elements / kElementsPerThread}));
 }
 
+// More parts than threads, of `parts` that are long enough for it: a thread on a core that others use too gets fewer.
+constexpr int64_t kFiner = 4;
+inline int64_t finer(int64_t parts, int64_t most) { return parts > 1 ? std::clamp(parts * kFiner, parts, most) : 1; }
+
 // Calls run(part, begin, end) for a fixed partition of [0, units): the same for any schedule of threads. Of more parts
 // than threads each takes the next one when it is done, so that a slower core gets fewer.
 template <class Run>

@@ -109,6 +109,7 @@ struct ProjectionTask {
 constexpr int64_t kWorkspaceBytes = 1984 * 1024;
 constexpr int64_t kMostPatches = 128; // of Winograd's that are transformed together, in whole rows, one at least
 constexpr int64_t kTileRows = 128; // of a tile of statistics
+constexpr int64_t kPictureChannels = 3;
 
 // Planes of ProjectionArgs::constants: of the epilogue, and of the prologue.
 enum ProjectionPlane : int { kBias, kOwnMean, kOwnScale, kOwnShift, kAddMean, kAddScale, kAddShift, kEpiloguePlanes };

@@ -1,6 +1,6 @@
-// Convolutions of few channels by filters of up to 3x3, of a panel's columns one vector or two: directly from a band,
-// with the sums of a run of pixels and the vectors of outputs of a row of taps in registers. Included by
-// convolutions.cpp only.
+// Convolutions of few channels by filters of up to 3x3, of a panel's columns one vector or two, and of pictures of three
+// channels, by 7x7 too: directly from a band, with the sums of a run of pixels and the vectors of outputs of a row of
+// taps in registers. Included by convolutions.cpp only.
 //
 // An element of a band is broadcast once for all the pixels of a row that it is a neighbour of: with 3 taps and stride
 // 1 18 broadcasts and 3 loads for 48 FMAs, where a packed panel of one vector takes 13 loads for 12, and neither patches
@@ -17,12 +17,12 @@ void narrow_run(const T* image, int64_t pitch, int64_t rows, const T* filters, T
   for (int64_t r = 0; r < rows; ++r, image += pitch) {
     for (int c = 0; c < channels; ++c, filters += taps * vectors * L) {
       Vec<T> own[taps][vectors];
-#pragma GCC unroll 6
+#pragma GCC unroll 14
       for (int i = 0; i < taps * vectors; ++i) own[i / vectors][i % vectors] = load_vec(filters + i * L);
-#pragma GCC unroll 33
+#pragma GCC unroll 37
       for (int p = 0; p < stride * (pixels - 1) + taps; ++p) {
         const Vec<T> value = broadcast(image[p * channels + c]);
-#pragma GCC unroll 3
+#pragma GCC unroll 7
         for (int s = 0; s < taps; ++s) {
           if (p < s || (p - s) % stride != 0 || (p - s) / stride >= pixels) continue;
           Vec<T>* sum = sums[(p - s) / stride];
@@ -57,8 +57,17 @@ NarrowRun<T> narrow_run_of(const ConvArgs& c, int pixels) {
   return narrow_run_of<T, channels, vectors, 3, 1>(pixels);
 }
 
+// Of pictures.
+template <class T, int vectors>
+NarrowRun<T> narrow_stem_of(const ConvArgs& c, int pixels) {
+  if (c.filter[1] == 7) return narrow_run_of<T, kPictureChannels, vectors, 7, 2>(pixels);
+  if (c.stride[1] == 2) return narrow_run_of<T, kPictureChannels, vectors, 3, 2>(pixels);
+  return narrow_run_of<T, kPictureChannels, vectors, 3, 1>(pixels);
+}
+
 template <class T, int vectors>
 NarrowRun<T> narrow_run_of(const ConvArgs& c, int pixels) {
+  if (c.channels == kPictureChannels) return narrow_stem_of<T, vectors>(c, pixels);
   if (c.channels == 16) return narrow_run_of<T, 16, vectors>(c, pixels);
   if (c.channels == 32) return narrow_run_of<T, 32, vectors>(c, pixels);
   return narrow_run_of<T, 64, vectors>(c, pixels);

@@ -1,48 +1,70 @@
-// The weight's gradient of the 3x3 convolutions of stride 1 of narrow.h: sums of three taps by eight channels, vectors of
-// outputs, in registers. Included by convolutions.cpp only.
+// The weight's gradient of convolutions of narrow.h: sums of the taps of a row by a few channels, vectors of outputs, in
+// registers. Included by convolutions.cpp only.
 //
-// An element of the image is broadcast once for the three taps of a row, whose gradients are three vectors: 8 broadcasts
-// and 3 loads for 24 FMAs. A few rows of the grid at a time, so that what is read again is in the first-level cache.
+// An element of the image is broadcast once for the taps of a row that it meets, whose gradients are vectors: of 3 taps
+// and eight channels 8 broadcasts and 3 loads for 24 FMAs; of a picture's 7 taps and stride 2 6 broadcasts and 7 loads
+// for 21. A few rows of the grid at a time, so that what is read again is in the first-level cache.
 
-constexpr int64_t kNarrowChannels = 8; // of a run
-constexpr int64_t kNarrowMargin = 2;   // pixels of zeros before and after a row of gradients
+// Pixels of zeros before and after a row of gradients.
+constexpr int64_t margin_of(int64_t taps, int64_t stride) { return (taps - 1) / stride; }
+inline int64_t margin_of(const ConvArgs& c) { return margin_of(c.filter[1], c.stride[1]); }
 
-// sums[tap][channel] of `rows` rows of the image from `image` on: `pixels` with their margin, `channels` apart; `gradients`
-// begins a margin before the row's first.
-template <class T>
+// sums[tap][channel] of `rows` rows of the grid, whose images begin at `image`, `channels` apart: `pixels` of a row with
+// one margin; `gradients` begins a margin before the row's first.
+template <class T, int group, int taps, int stride>
 void narrow_weight_run(const T* image, int64_t channels, int64_t pitch, const T* gradients, int64_t gradient_pitch,
                        int64_t pixels, int64_t rows, T* sums, Ahead ahead) {
-  constexpr int L = kLanes<T>, C = kNarrowChannels;
-  Vec<T> acc[3][C] = {};
-  for (int64_t row = 0; row < rows; ++row, image += pitch, gradients += gradient_pitch) {
+  constexpr int L = kLanes<T>, margin = margin_of(taps, stride);
+  Vec<T> acc[taps][group] = {};
+  for (int64_t row = 0; row < rows; ++row, image += stride * pitch, gradients += gradient_pitch) {
     const T *x = image, *dy = gradients;
-    for (int64_t q = 0; q < pixels; ++q, x += channels, dy += L) {
-      Vec<T> of_tap[3];
-#pragma GCC unroll 3
-      for (int s = 0; s < 3; ++s) of_tap[s] = load_vec(dy + (kNarrowMargin - s) * L);
+    for (int64_t q = 0; q < pixels; ++q, x += stride * channels, dy += L) {
+#pragma GCC unroll 2
+      for (int phase = 0; phase < stride; ++phase) {
+        Vec<T> of_tap[margin + 1];
+#pragma GCC unroll 4
+        for (int s = phase; s < taps; s += stride) of_tap[s / stride] = load_vec(dy + (margin - s / stride) * L);
 #pragma GCC unroll 8
-      for (int c = 0; c < C; ++c) {
-        const Vec<T> value = broadcast(x[c]);
-#pragma GCC unroll 3
-        for (int s = 0; s < 3; ++s) acc[s][c] = fma(value, of_tap[s], acc[s][c]);
+        for (int c = 0; c < group; ++c) {
+          const Vec<T> value = broadcast(x[phase * channels + c]);
+#pragma GCC unroll 4
+          for (int s = phase; s < taps; s += stride) acc[s][c] = fma(value, of_tap[s / stride], acc[s][c]);
+        }
       }
       __builtin_prefetch(ahead.at, 0, 2);
       ahead.at += ahead.step;
     }
   }
 #pragma GCC unroll 24
-  for (int i = 0; i < 3 * C; ++i) store_vec(sums + i * L, load_vec(sums + i * L) + acc[i / C][i % C]);
+  for (int i = 0; i < taps * group; ++i) store_vec(sums + i * L, load_vec(sums + i * L) + acc[i / group][i % group]);
 }
+
+// The run of a convolution, and how many channels it sums.
+template <class T>
+struct NarrowWeightRun {
+  void (*run)(const T* image, int64_t channels, int64_t pitch, const T* gradients, int64_t gradient_pitch,
+              int64_t pixels, int64_t rows, T* sums, Ahead ahead);
+  int64_t group;
+
+  static NarrowWeightRun of(const ConvArgs& c) {
+    constexpr int kGroup = 8, kPicture = kPictureChannels;
+    if (c.channels != kPicture) return {narrow_weight_run<T, kGroup, 3, 1>, kGroup};
+    if (c.filter[1] == 7) return {narrow_weight_run<T, kPicture, 7, 2>, kPicture};
+    if (c.stride[1] == 2) return {narrow_weight_run<T, kPicture, 3, 2>, kPicture};
+    return {narrow_weight_run<T, kPicture, 3, 1>, kPicture};
+  }
+};
 
 // Gradients of rows of the grid, with their margins, of one vector of outputs.
 template <class T, class Source>
 void fill_gradients(const ConvArgs& c, const Source& dy, Range rows, int64_t output, T* out) {
   constexpr int L = kLanes<T>;
+  const int64_t margin = margin_of(c);
   const auto column = dy.column(output);
-  for (int64_t row = rows.begin; row < rows.end; ++row, out += (c.out[1] + 2 * kNarrowMargin) * L) {
+  for (int64_t row = rows.begin; row < rows.end; ++row, out += (c.out[1] + 2 * margin) * L) {
     const int64_t at = dy.offset(row * c.out[1]) + output;
-    T* to = out + kNarrowMargin * L;
-    for (int64_t i = 1; i <= kNarrowMargin; ++i) {
+    T* to = out + margin * L;
+    for (int64_t i = 1; i <= margin; ++i) {
       store_vec(to - i * L, Vec<T>{});
       store_vec(to + (c.out[1] + i - 1) * L, Vec<T>{});
     }
@@ -59,7 +81,7 @@ int64_t whole_vectors(int64_t channels) {
 template <class A>
 int64_t narrow_weight_elements(const ConvArgs& c) {
   const int64_t wide = whole_vectors<Opmath<A>>(c.outputs), rows = c.band / c.out[1];
-  return wide * (9 * c.channels + rows * (c.out[1] + 2 * kNarrowMargin));
+  return wide * (c.filter[0] * c.filter[1] * c.channels + rows * (c.out[1] + 2 * margin_of(c)));
 }
 
 // The sums of rows [begin, end) of a band.
@@ -68,36 +90,60 @@ void narrow_weight_band(const ConvArgs& c, const Band<Opmath<A>>& band, Range ro
                         Opmath<A>* sums, Opmath<A>* gradients) {
   using T = Opmath<A>;
   constexpr int64_t L = kLanes<T>;
-  const int64_t Q = c.out[1], pitch = (Q + 2 * kNarrowMargin) * L, count = rows.end - rows.begin;
-  const int64_t step = Q < kChain ? kChain / Q : 1, groups = c.channels / kNarrowChannels;
+  const auto [run, group] = NarrowWeightRun<T>::of(c);
+  const int64_t Q = c.out[1], margin = margin_of(c), pitch = (Q + 2 * margin) * L, count = rows.end - rows.begin;
+  const int64_t step = Q < kChain ? kChain / Q : 1, read = c.stride[0] * c.in[1], runs = c.filter[0] * c.channels / group;
   for (int64_t k = 0; k < c.outputs; k += L) fill_gradients(c, dy, rows, k, gradients + k / L * count * pitch);
   LookAhead look(sums);
-  source.region(look, rows.end * c.in[1], count * c.in[1], c.channels);
+  source.region(look, rows.end * read, count * read, c.channels);
   dy.region(look, rows.end * Q, count * Q, c.outputs);
-  look.share((count + step - 1) / step * 3 * groups * ((c.outputs + L - 1) / L) * (Q + 2) * step);
+  look.share((count + step - 1) / step * runs * ((c.outputs + L - 1) / L) * (Q + margin) * step);
   for (int64_t row = rows.begin; row < rows.end; row += step) {
     const int64_t own = rows.end - row < step ? rows.end - row : step;
     T* to = sums;
     for (int64_t k = 0; k < c.outputs; k += L) {
       const T* from = gradients + (k / L * count + row - rows.begin) * pitch;
-      for (int64_t r = 0; r < 3; ++r) {
-        for (int64_t g = 0; g < groups; ++g, to += 3 * kNarrowChannels * L) {
-          narrow_weight_run<T>(band.row(row) + r * band.pitch() + g * kNarrowChannels, c.channels, band.pitch(), from,
-                               pitch, Q + 2, own, to, look.take((Q + 2) * own));
+      for (int64_t r = 0; r < c.filter[0]; ++r) {
+        for (int64_t first = 0; first < c.channels; first += group, to += c.filter[1] * group * L) {
+          run(band.row(row) + r * band.pitch() + first, c.channels, band.pitch(), from, pitch, Q + margin, own, to,
+              look.take((Q + margin) * own));
         }
       }
     }
   }
 }
 
-// (K, 9, C) of the task's rows of the grid, each image's in bands of its own.
+// (K, taps, C) from the sums of rows of taps, groups of channels, taps and channels; whether all of it is finite.
+template <class T>
+bool put_narrow_weight(const ConvArgs& c, const T* sums, T* result) {
+  constexpr int64_t L = kLanes<T>;
+  const int64_t C = c.channels, taps = c.filter[1], depth = c.filter[0] * taps * C, group = NarrowWeightRun<T>::of(c).group;
+  T worst = 0; // what is not finite times zero is not zero
+  for (int64_t k = 0; k < c.outputs; ++k) {
+    const T* from = sums + k / L * depth * L + k % L;
+    for (T* row = result + k * depth; row < result + (k + 1) * depth; row += taps * C) {
+      for (int64_t first = 0; first < C; first += group) {
+        for (int64_t s = 0; s < taps; ++s) {
+          for (int64_t i = 0; i < group; ++i, from += L) {
+            row[s * C + first + i] = *from;
+            worst += *from * 0;
+          }
+        }
+      }
+    }
+  }
+  return worst == 0;
+}
+
+// (K, taps, C) of the task's rows of the grid, each image's in bands of its own. Unfinished where a sum is not finite: an
+// element that no tap meets is multiplied by a margin's zero.
 template <class A>
 void narrow_wgrad(const ConvArgs& c, const ProjectionTask& task) {
   using T = Opmath<A>;
   constexpr int64_t L = kLanes<T>;
-  const int64_t C = c.channels, groups = C / kNarrowChannels, wide = whole_vectors<T>(c.outputs);
+  const int64_t C = c.channels, elements = c.filter[0] * c.filter[1] * C * whole_vectors<T>(c.outputs);
   T* sums = static_cast<T*>(task.patches);
-  for (int64_t i = 0; i < 9 * C * wide; i += L) store_vec(sums + i, Vec<T>{});
+  for (int64_t i = 0; i < elements; i += L) store_vec(sums + i, Vec<T>{});
   with_source<A>(c.gradient, c.gradient_kind, c.batch * c.out[0] * c.out[1], c.outputs, [&](const auto& dy) {
     with_source<A>(c.image, c.kind, c.batch * c.in[0] * c.in[1], C, [&](const auto& source) {
       const int64_t most = c.band / c.out[1];
@@ -109,17 +155,10 @@ void narrow_wgrad(const ConvArgs& c, const ProjectionTask& task) {
           const Range rows{row, bands.stop(row)};
           Band<T> band(c, task, {rows.begin * c.out[1], rows.end * c.out[1]});
           band.fill(c, source);
-          narrow_weight_band<A>(c, band, rows, source, dy, sums, sums + 9 * C * wide);
+          narrow_weight_band<A>(c, band, rows, source, dy, sums, sums + elements);
         }
       }
     });
   });
-  auto* result = static_cast<T*>(task.result);
-  for (int64_t k = 0; k < c.outputs; ++k) {
-    for (int64_t i = 0; i < 9 * C; ++i) { // of rows of taps, groups, taps and channels
-      const int64_t at = i % kNarrowChannels, s = i / kNarrowChannels % 3, g = i / kNarrowChannels / 3 % groups;
-      const int64_t r = i / kNarrowChannels / 3 / groups;
-      result[k * 9 * C + (r * 3 + s) * C + g * kNarrowChannels + at] = sums[(k / L * 9 * C + i) * L + k % L];
-    }
-  }
+  *task.unfinished = !put_narrow_weight(c, sums, static_cast<T*>(task.result));
 }

@@ -165,7 +165,11 @@ Tensor PackedConvolution::backward_weight(const PackedGradient& dy, const Packed
   image.attach(c.image, c.kind, constants);
   dy.attach(c.gradient, c.gradient_kind, of_dy);
   const auto shaped = [&](const Tensor& t) { return reinterpret(t, {K_, C_, R_, S_}, {R_ * S_ * C_, 1, S_ * C_, C_}); };
-  if (takes_narrow_weight(c, own_.kernels)) return shaped(narrow_weight(c, own_.kernels));
+  const int64_t band = c.band;
+  if (takes_narrow_weight(c, own_.kernels)) {
+    if (const auto weight = narrow_weight(c, own_.kernels)) return shaped(*weight);
+    c.band = band;
+  }
   if (winograd_ && takes_winograd(c, own_.kernels, kFilterSaving)) {
     if (const auto weight = WeightPatches(c, own_.kernels).run()) return shaped(*weight);
   }

@@ -131,9 +131,18 @@ inline ProjectionSizes flat(int64_t depth, int64_t outputs, int64_t rows) {
   return {1, depth, rows, 1, outputs, rows, 1, {1, 1}};
 }
 
+// Whether a picture's filter is one that narrow.h has.
+inline bool is_narrow_stem(const ConvArgs& c) {
+  const auto sides = [&](int64_t filter, int64_t stride) {
+    return c.filter[0] == filter && c.filter[1] == filter && c.stride[0] == stride && c.stride[1] == stride;
+  };
+  return c.channels == kPictureChannels && !c.is_mirrored && (sides(3, 1) || sides(3, 2) || sides(7, 2));
+}
+
 // Whether a filter of up to 3x3 is so narrow that a panel of it would be one vector or two, or for a stride of 2, where
 // Winograd is of no help, four.
 inline bool is_narrow(const ConvArgs& c) {
+  if (is_narrow_stem(c)) return c.outputs <= 64;
   const auto both = [](const int64_t* sides, int64_t value) { return sides[0] == value && sides[1] == value; };
   const bool few = c.channels == 16 || c.channels == 32, is_3x3 = both(c.filter, 3);
   if (both(c.stride, 1) && both(c.grid_step, 1)) return is_3x3 && few && c.outputs <= 32;

@@ -7,25 +7,35 @@ namespace resnet_fused::cpu {
 
 // Of 32 channels Winograd is as fast.
 inline bool takes_narrow_weight(const ConvArgs& c, const ConvKernels& own) {
-  constexpr int64_t kMost = 16;
-  return own.narrow_wgrad != nullptr && is_narrow(c) && c.stride[0] == 1 && c.channels <= kMost;
+  const bool few = c.channels == 16 && c.stride[0] == 1;
+  return own.narrow_wgrad != nullptr && is_narrow(c) && (few || c.channels == kPictureChannels);
 }
 
-// (K, C * 9) of few channels: each task has rows of the grid.
-inline Tensor narrow_weight(ConvArgs& c, const ConvKernels& own) {
-  c.band = narrow_band_of(c, own);
-  const int64_t rows = c.batch * c.out[0], points = rows * c.out[1];
-  const int64_t count = parts_of(rows, points * 9 * std::max(c.channels, c.outputs));
-  Parts parts(flat(9 * c.channels, c.outputs, points), count, ScalarType::Float, 0);
+inline bool all_finished(const std::vector<char>& unfinished) {
+  return std::none_of(unfinished.begin(), unfinished.end(), [](char c) { return c != 0; });
+}
+
+// (K, C * taps) of few channels, or nothing where a sum is not finite: each task has rows of the grid.
+inline std::optional<Tensor> narrow_weight(ConvArgs& c, const ConvKernels& own) {
+  constexpr int64_t kGradients = 128 * 1024; // bytes that a band has of them
+  const int64_t gradients = std::max<int64_t>(1, kGradients / (c.out[1] * c.outputs * own.element)) * c.out[1];
+  c.band = std::min(narrow_band_of(c, own), gradients);
+  const int64_t rows = c.batch * c.out[0], points = rows * c.out[1], depth = c.filter[0] * c.filter[1] * c.channels;
+  const int64_t count = finer(parts_of(rows, points * std::max(depth, c.outputs)), rows);
+  Parts parts(flat(depth, c.outputs, points), count, ScalarType::Float, 0);
+  std::vector<char> unfinished(count);
   for_parts(count, rows, [&](int64_t part, int64_t begin, int64_t end) {
     ProjectionTask task;
+    bool is_unfinished = false;
+    task.unfinished = &is_unfinished;
     task.rows[0] = begin;
     task.rows[1] = end;
     task.result = parts.weight_of(part);
     BandMemory::of_thread().reserve_narrow(c, own, task);
     own.narrow_wgrad(c, task);
+    unfinished[part] = static_cast<char>(is_unfinished);
   });
-  return parts.sum();
+  return all_finished(unfinished) ? std::optional<Tensor>(parts.sum()) : std::nullopt;
 }
 
 class WeightPatches {
@@ -106,8 +116,7 @@ class WeightPatches {
   }
 
   static std::optional<Tensor> finished(const std::vector<char>& unfinished, const Tensor& weight) {
-    const bool all = std::none_of(unfinished.begin(), unfinished.end(), [](char c) { return c != 0; });
-    return all ? std::optional<Tensor>(weight) : std::nullopt;
+    return all_finished(unfinished) ? std::optional<Tensor>(weight) : std::nullopt;
   }
 
   static int64_t round_up(int64_t channels) { return (channels + 63) / 64 * 64; } // whole panels of any kind

@@ -141,7 +141,7 @@ struct Shares {
 
   // More parts of rows than threads, of some 10 us at least: a thread on a core that others use too gets fewer.
   Shares finer(int64_t multiply_adds) const {
-    constexpr int64_t kFiner = 4, kLeast = 1 << 21;
+    constexpr int64_t kLeast = 1 << 21;
     Shares s = *this;
     s.rows.parts = std::clamp(std::min(rows.parts * kFiner, multiply_adds / kLeast), rows.parts, rows.units());
     return s;

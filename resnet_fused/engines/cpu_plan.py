@@ -26,7 +26,7 @@ _CPU = torch.device("cpu")
 _DTYPES = (torch.float32, torch.bfloat16)
 _WIDE = ("avx2", "avx512", "avx512_bf16", "amx")  # instruction sets for which the rules take our products
 _FEW_POINTS = 16  # of a batch of one: its weight is most of what moves
-_SHORT_PATCH, _FEW_OUTPUTS = 32, 16  # a CIFAR network's stem, which benchmarks/test_bench_sites.py times either way
+_SHORT_PATCH, _FEW_OUTPUTS = 32, 16  # a CIFAR network's stem, where ``csrc/cpu/narrow.h`` has no kernel for it
 _isa: Callable[[], str] | None = None
 
 
@@ -67,7 +67,8 @@ def variant(shape: plan.ConvShape) -> plan.Variant:
         return plan.Variant(plan.LIBRARY, "our products are for AVX2 and AVX-512")
     if shape.n == 1 and (points := math.prod(shape.out)) <= _FEW_POINTS:
         return plan.Variant(plan.LIBRARY, f"{points} points of one image: packing the weight costs more")
-    if shape.c * shape.filter[0] * shape.filter[1] < _SHORT_PATCH and shape.k <= _FEW_OUTPUTS:
+    narrow = isa() == "avx512" or (isa() in _WIDE[2:] and shape.dtype == torch.float32)
+    if not narrow and shape.c * shape.filter[0] * shape.filter[1] < _SHORT_PATCH and shape.k <= _FEW_OUTPUTS:
         return plan.Variant(plan.LIBRARY, f"{shape.c} channels and {shape.k} outputs fill no register tile")
     return plan.Variant(plan.OWN, "batch norm and ReLU while packing, statistics and masks while storing")
 

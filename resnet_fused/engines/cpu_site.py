@@ -19,7 +19,7 @@ from torch import Tensor
 from ..calls import SiteCall, SiteGrads, SiteOutputs, SiteParams, Source
 from ..reference import opmath
 from . import library
-from .cpu_plan import packed
+from .cpu_plan import OWN_NONE, packed
 
 # Each op's overload, bound once by `register`; None without it.
 _site_fwd: Callable[..., Any] | None = None
@@ -92,14 +92,16 @@ def site_backward(
     kind, src, src_moments, relu, skip, residual, residual_moments = source
     weight = params[0]
     assert weight is not None
-    if _site_bwd is None or call.hand_stride > 1 or (kind == "join" and skip.kind == "none"):
+    bits = packed(call, src, weight)
+    alone = kind == "join" and skip.kind == "none" and bits == OWN_NONE  # the op would mask what the library does not
+    if _site_bwd is None or call.hand_stride > 1 or alone:
         return library.site_backward(engine, call, source, x, weight, y, moments, g, sums, dskip, needs)
     need_source, need_weight = needs
     dsrc, dsums, dresidual_sums, dweight, dbias, dgamma, dbeta = _site_bwd(
         src, src_moments, residual if residual_moments is not None else None, residual_moments, relu,
         None if kind == "pending" else x, dskip, *params, y, moments, g, sums,
         *call.stride, *call.padding, *call.dilation, call.groups, call.relu, call.training, need_source, need_weight,
-        packed(call, src, weight),
+        bits,
     )  # fmt: skip
     if not need_source:
         dsrc = dsums = None
