@@ -260,6 +260,29 @@ def test_opcheck_of_the_rebuilding_op() -> None:
     torch.library.opcheck(torch.ops.resnet_fused.site_rebuild.default, arguments)
 
 
+@pytest.mark.parametrize("size", [(40, 37), (7, 8), (1, 1)], ids=str)
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_the_gradient_of_a_padded_shortcut_is_the_library_s(size: tuple[int, int], stride: int) -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        x = image(Case(), 0, dtype, 17, size)
+        g = image(Case(), 1, dtype, 24, x[:, :, ::stride, ::stride].shape[2:])
+        src = Source("join", g, None, True, Skip("pad", stride, 4), x)
+        want, got = library.residual_gradient(g, src), torch.ops.resnet_fused.pad_bwd(g, x, stride, 4)
+        assert want is not None and got.equal(want) and got.dtype == dtype
+        assert torch.ops.resnet_fused.pad_bwd(g.contiguous(), x, stride, 4).equal(want)
+    torch.library.opcheck(torch.ops.resnet_fused.pad_bwd.default, (g, x, stride, 4))
+
+
+def test_a_padded_shortcut_names_what_is_wrong() -> None:
+    x, g = image(Case(), 0, torch.float32, 6, (5, 4)), image(Case(), 1, torch.float32, 8, (3, 2))
+    with pytest.raises(RuntimeError, match=r"pad_bwd: first: expected channels that g has, got 3"):
+        torch.ops.resnet_fused.pad_bwd(g, x, 2, 3)
+    with pytest.raises(RuntimeError, match=r"pad_bwd: g: expected shape \(2, 8, 5, 4\), got shape \(2, 8, 3, 2\)"):
+        torch.ops.resnet_fused.pad_bwd(g, x, 1, 0)
+    with pytest.raises(RuntimeError, match=r"pad_bwd: x: expected float32, got bfloat16"):
+        torch.ops.resnet_fused.pad_bwd(g, x.bfloat16(), 2, 0)
+
+
 @pytest.mark.parametrize(
     ("case", "expected"),
     [

@@ -63,7 +63,8 @@ class WeightPatches {
 
   // Each task has patches.
   std::optional<Tensor> by_patches() {
-    const int64_t count = parts_of(rows_, work());
+    constexpr int64_t kSmall = 64 * 64;
+    const int64_t few = parts_of(rows_, work()), count = c_.channels * c_.outputs <= kSmall ? finer(few, rows_) : few;
     Parts parts(sizes(), count, ScalarType::Float, 0);
     std::vector<char> unfinished(count);
     for_parts(count, rows_, [&](int64_t part, int64_t begin, int64_t end) {

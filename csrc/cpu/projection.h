@@ -120,18 +120,40 @@ class ProjectionCall {
   std::vector<char> constants_;
 };
 
-// One dimension of a product, cut into `parts` of whole units.
+// One dimension of a product, cut into `parts` of whole units: even ones, or for `tapered` threads such that get shorter.
 struct Cut {
-  int64_t length, unit, parts;
+  int64_t length, unit, parts, tapered = 0;
 
   int64_t units() const { return (length + unit - 1) / unit; }
-  int64_t begin(int64_t part) const { return std::min(length, units() * part / parts * unit); }
+  int64_t begin(int64_t part) const {
+    if (tapered == 0 || part >= parts) return std::min(length, units() * part / parts * unit);
+    const int64_t round = part / tapered, size = kEnds[round + 1] - kEnds[round];
+    const int64_t at = kEnds[round] * tapered + part % tapered * size;
+    return std::min(length, units() * at / (kWhole * tapered) * unit);
+  }
   int64_t part_of(int64_t position) const {
     int64_t part = 0;
     while (part + 1 < parts && begin(part + 1) <= position) ++part;
     return part;
   }
   int64_t longest() const { return std::min(length, (units() + parts - 1) / parts * unit); }
+
+  // A thread on a core that others use too gets fewer parts than the others, who wait at the end for one part at most.
+  Cut finer(int64_t most) const {
+    constexpr int64_t kEven = 8;
+    Cut cut = *this;
+    if (units() >= kWhole * parts && kRounds * parts <= most) {
+      cut.tapered = parts;
+      cut.parts = kRounds * parts;
+    } else {
+      cut.parts = std::clamp(std::min(kEven * parts, most), parts, units());
+    }
+    return cut;
+  }
+
+ private:
+  static constexpr int64_t kWhole = 16, kRounds = 6;
+  static constexpr int64_t kEnds[kRounds + 1] = {0, 6, 10, 12, 14, 15, kWhole}; // of a thread's parts
 };
 
 struct Shares {
@@ -139,12 +161,10 @@ struct Shares {
 
   int64_t count() const { return rows.parts * channels.parts; }
 
-  // More parts of rows than threads, of some 10 us at least: a thread on a core that others use too gets fewer.
+  // More parts of rows than threads, of some 10 us at least.
   Shares finer(int64_t multiply_adds) const {
     constexpr int64_t kLeast = 1 << 21;
-    Shares s = *this;
-    s.rows.parts = std::clamp(std::min(rows.parts * kFiner, multiply_adds / kLeast), rows.parts, rows.units());
-    return s;
+    return {rows.finer(multiply_adds / kLeast), channels};
   }
 
   // Calls run(task) for every part, in parallel; a part is a row part and a channel part of it.
@@ -193,16 +213,18 @@ inline Shares product_shares(const ProjectionSizes& s, int64_t channels, int64_t
   });
 }
 
-// Of wgrad: row parts sum into a dweight each.
+// Of wgrad: row parts sum into a dweight each, of which there are more only where they are small.
 inline Shares weight_shares(const ProjectionSizes& s) {
-  constexpr int64_t kChannels = 16;
+  constexpr int64_t kChannels = 16, kSmall = 1 << 16;
   const auto C = static_cast<double>(s.C), weight = static_cast<double>(s.K) * C;
-  return shares_of({s.rows(), kTileRows, 1}, {s.K, kChannels, 1}, s.rows() * s.C * s.K, [=](const Shares& shares) {
+  const int64_t work = s.rows() * s.C * s.K;
+  const Shares shares = shares_of({s.rows(), kTileRows, 1}, {s.K, kChannels, 1}, work, [=](const Shares& shares) {
     const auto rows = static_cast<double>(shares.rows.longest()), own = static_cast<double>(shares.channels.longest());
     constexpr double kX = 10, kDy = 20, kPart = 30;
     const double parts = shares.rows.parts > 1 ? static_cast<double>(shares.rows.parts) : 0;
     return rows * own * C + rows * (C * kX + own * kDy) + weight * kPart * parts / static_cast<double>(shares.count());
   });
+  return shares.rows.parts > 1 && s.K * s.C <= kSmall ? shares.finer(work) : shares;
 }
 
 // Partial sums of dweight and dbias, one of each for each part of the rows, added in their order.

@@ -26,6 +26,7 @@ _site_fwd: Callable[..., Any] | None = None
 _site_infer: Callable[..., Any] | None = None
 _site_rebuild: Callable[..., Any] | None = None
 _site_bwd: Callable[..., Any] | None = None
+_pad_bwd: Callable[..., Any] | None = None
 
 
 def site_forward(engine: ModuleType, call: SiteCall, source: Source, params: SiteParams) -> SiteOutputs:
@@ -108,13 +109,19 @@ def site_backward(
     return SiteGrads(
         dsrc,
         None if kind == "plain" else dsums,
-        library.residual_gradient(dsrc, source) if need_source and kind == "join" else None,
+        _residual_gradient(dsrc, source) if need_source and kind == "join" else None,
         dresidual_sums if residual_moments is not None and need_source else None,
         dweight if need_weight else None,
         None if params[1] is None else dbias,
         None if params[2] is None else dgamma,
         None if params[3] is None else dbeta,
     )
+
+
+def _residual_gradient(g: Tensor, source: Source) -> Tensor | None:
+    if _pad_bwd is None or source.skip.kind != "pad" or source.residual is None:
+        return library.residual_gradient(g, source)
+    return _pad_bwd(g, source.residual, source.skip.stride, source.skip.channel_offset)
 
 
 def infers() -> bool:
@@ -131,6 +138,8 @@ def register() -> None:
     fakes: dict[str, Callable[..., Any]] = {"site_fwd": _fake_fwd, "site_rebuild": _fake_rebuild, "site_bwd": _fake_bwd}
     if infers():
         fakes["site_infer"] = _fake_infer
+    if hasattr(torch.ops.resnet_fused, "pad_bwd"):
+        fakes["pad_bwd"] = lambda g, x, stride, first: _channels_last(g, *x.shape)
     for name, fake in fakes.items():
         torch.library.register_fake(f"resnet_fused::{name}", fake)
         globals()[f"_{name}"] = getattr(torch.ops.resnet_fused, name).default
