@@ -16,7 +16,7 @@ from . import engines, folded, projected
 from .calls import Source
 from .folded import FOLDED
 from .kernels.launch import is_counting
-from .links import Link, bind, child, plain_projection, weight_and_bias
+from .links import Link, bind, child, plain_projection, takes_batch_statistics, weight_and_bias
 from .reference import pad_residual
 from .site import is_observed
 from .spec import SiteSpec
@@ -32,8 +32,7 @@ def infers(link: Link, engine: str, x: Tensor) -> bool:
         return False  # the add of a module's result may promote, or broadcast
     if not (_is_folded(link, engine) or _has_kernels(link, engine)):
         return False
-    sites = [site for site in link.spec.site_specs() if site.bn is not None]
-    if any(bind(link.block, site, engine)[0].training for site in sites):
+    if any(takes_batch_statistics(child(link.block, site.bn)) for site in link.spec.site_specs() if site.bn):
         return False
     return not torch.is_grad_enabled() or not (x.requires_grad or _trains(link))
 

@@ -76,6 +76,11 @@ def _buffer(module: nn.Module, name: str) -> Any:
     return own[name] if name in own else getattr(module, name)
 
 
+def takes_batch_statistics(bn: nn.Module) -> bool:
+    """Whether a batch norm normalises by the batch at hand: in training, or where it tracks none."""
+    return isinstance(bn, nn.modules.batchnorm._BatchNorm) and (bn.training or _buffer(bn, "running_mean") is None)
+
+
 def bind(block: nn.Module, site: SiteSpec, engine: str, hand_stride: int = 1) -> tuple[SiteCall, SiteParams]:
     """A site's static call and its tensors, read from the block's own modules at this moment."""
     conv = child(block, site.conv)
@@ -84,7 +89,7 @@ def bind(block: nn.Module, site: SiteSpec, engine: str, hand_stride: int = 1) ->
     padding = conv.padding if type(conv.padding) is tuple else conv_padding(conv)
     tracked = mean is not None
     batch_norm = isinstance(bn, nn.modules.batchnorm._BatchNorm)
-    training = batch_norm and (bn.training or not tracked)
+    training = takes_batch_statistics(bn)
     # a recomputed batch was counted in the first forward; batch statistics themselves are the same again
     moving = not training or (bn.training and bn.track_running_stats and tracked and not recomputing())
     call = SiteCall(

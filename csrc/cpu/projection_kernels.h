@@ -44,8 +44,10 @@ struct ForwardStore {
   }
 
   void ahead(LookAhead& look, int64_t row, int rows, int64_t, int64_t columns) const {
-    if (args.add == nullptr || columns != args.outputs) return;
-    look.add(static_cast<const A*>(args.add) + row * columns, rows * columns * static_cast<int64_t>(sizeof(A)));
+    if (columns != args.outputs) return;
+    const int64_t bytes = rows * columns * static_cast<int64_t>(sizeof(A));
+    if (!args.streamed) look.add(static_cast<const A*>(args.result) + row * columns, bytes);
+    if (args.add != nullptr) look.add(static_cast<const A*>(args.add) + row * columns, bytes);
   }
 
   template <class Lanes>
@@ -57,7 +59,8 @@ struct ForwardStore {
       V z = load_vec(tile + r * pitch);
       if constexpr (!plain) z = finished(z + bias, planes, row + r, j, lanes);
       lanes.store(result, z);
-      if constexpr (sizeof(A) != sizeof(T) || !plain) store_vec(tile + r * pitch, as_stored<A>(z));
+      if constexpr (sizeof(A) == sizeof(T) && plain) continue;
+      if (args.partials != nullptr) store_vec(tile + r * pitch, as_stored<A>(z));
     }
     if (args.partials != nullptr) reduce(tile, pitch, row, rows, j);
   }
