@@ -30,7 +30,7 @@ def infers(link: Link, engine: str, x: Tensor) -> bool:
     """
     if link.spec.post is not None or link.spec.shortcut.kind == "module" or is_observed():
         return False  # the add of a module's result may promote, or broadcast
-    if not (_is_folded(link, engine) or _has_kernels(link, engine)):
+    if not (_is_folded(link, engine, x) or _has_kernels(link, engine)):
         return False
     if any(takes_batch_statistics(child(link.block, site.bn)) for site in link.spec.site_specs() if site.bn):
         return False
@@ -50,16 +50,23 @@ def _trains(link: Link) -> bool:
     return any(t is not None and t.requires_grad for t in tensors)
 
 
-def _is_folded(link: Link, engine: str) -> bool:
-    """Whether the block runs on its folded filters: the GPU's kernels apply the affine at no cost of their own."""
-    if torch.compiler.is_compiling() or is_counting():
+def _is_folded(link: Link, engine: str, x: Tensor) -> bool:
+    """Whether the block runs on its folded filters: not where the engine applies the affine at no cost of its own.
+
+    The GPU's kernels do, and the CPU's own products.
+    """
+    if torch.compiler.is_compiling() or is_counting() or engine == "triton" or FOLDED not in link.block.__dict__:
         return False
-    return engine != "triton" and FOLDED in link.block.__dict__
+    folds_itself = getattr(engines.get(engine), "folds_itself", None)
+    if folds_itself is None:
+        return True
+    call, params = bind(link.block, link.spec.sites[0], engine)
+    return not folds_itself(call, x, params)
 
 
 def infer_link(link: Link, engine: str, x: Tensor, bound: float | None = None) -> tuple[Tensor, float | None]:
     """One block in eval mode, and a bound on the size of its output where it is known as that of ``x`` is."""
-    if _is_folded(link, engine):
+    if _is_folded(link, engine, x):
         return _folded_link(link, engine, x, bound)
     spec, infer = link.spec, engines.get(engine).site_infer
     out = x

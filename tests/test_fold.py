@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from resnet_fused import eager, explain, fold, folded, fuse, unfold, unfuse
+from resnet_fused import eager, explain, fold, folded, fuse, plan, unfold, unfuse
+from resnet_fused.engines import cpu, cpu_plan
 from resnet_fused.modules import Fused
 from resnet_fused.numerics import assert_law
 
@@ -19,6 +20,28 @@ from .harness import LAYOUTS, randomise
 from .test_equivalence import BLOCKS
 
 X = torch.randn(2, 3, 15, 13, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(autouse=True)
+def library() -> Iterator[None]:
+    """Folded filters are for the library's convolutions: our own products apply the batch norm while they store."""
+    with plan.force(plan.LIBRARY):
+        yield
+
+
+@pytest.mark.skipif(cpu.load() is not None or cpu_plan.isa() == "baseline", reason="needs the CPU library's products")
+def test_our_own_products_need_no_folded_filters() -> None:
+    torch.manual_seed(0)
+    stock = randomise(eager.BasicBlock(32, 32)).eval()
+    ours, x = fold(copy.deepcopy(stock)), torch.randn(2, 32, 28, 28)
+    with torch.no_grad(), plan.force(None):
+        made = ours(x)
+        assert not kept_sites(ours) and made.equal(fuse(copy.deepcopy(stock))(x))
+        with plan.force(plan.LIBRARY):
+            ours(x)
+            assert kept_sites(ours)
+    with plan.force(None):
+        hold_inference_to_law(stock, ours, x, torch.float32)
 
 
 def net(**options: object) -> eager.ResNet:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from resnet_fused import eager_blocks, plan, site, winners
+from resnet_fused import cifar_resnet, eager_blocks, plan, site, winners
 from resnet_fused.calls import SiteParams, Source
 from resnet_fused.engines import cpu, cpu_plan, cpu_site
 from resnet_fused.numerics import assert_law
@@ -314,6 +314,20 @@ def test_they_are_raced_against_the_library() -> None:
     images = torch.randn(4, 32, 20, 20).contiguous(memory_format=LAST)
     (problem,) = sites.collect(steps.Step(steps.private_copy(block, None, "cpu"), (images,)))
     assert sorted(candidates.variants(problem)) == sorted([plan.OWN, plan.LIBRARY])
+
+
+def test_tune_does_not_refuse_them_where_a_stem_is_a_block_s_shortcut() -> None:
+    """Its gradient is masked by our products, and by the library's reader: the law is of what is behind the ReLU."""
+    torch.manual_seed(0)
+    net = cifar_resnet(8).to(memory_format=LAST)
+    images = torch.randn(4, 3, 20, 20).contiguous(memory_format=LAST)
+    found = sites.collect(steps.Step(steps.private_copy(net, None, "cpu"), (images,)))
+    first = next(problem for problem in found if problem.shape.c == 16 and problem.shape.k == 16)
+    (use,) = (use for use in first.uses if use.source.kind == "join" and use.source.skip.kind == "none")
+    prepared = [sites.make_inputs(use, first.key, torch.device("cpu"))]
+    tried = [candidates.variant(first, name, {}) for name in candidates.variants(first)]
+    assert [each.name for each in tried] == [plan.OWN, plan.LIBRARY]
+    assert candidates.faults(tried, first, prepared) == {}
 
 
 @pytest.mark.usefixtures("own")

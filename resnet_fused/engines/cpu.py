@@ -103,7 +103,7 @@ def load() -> str | None:
     cpu_plan.register(_cpu_isa)
     cpu_site.register()
     if cpu_site.infers():
-        globals()["site_infer"] = cpu_site.site_infer
+        globals().update(site_infer=cpu_site.site_infer, folds_itself=cpu_site.folds_itself)
     return None
 
 

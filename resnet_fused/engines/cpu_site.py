@@ -64,6 +64,11 @@ def site_infer(call: SiteCall, x: Tensor, params: SiteParams, residual: Tensor |
         return engine.bn_apply(y, library.eval_moments(engine, call, params, y.dtype), residual, None, 1, 0, relu)
 
 
+def folds_itself(call: SiteCall, x: Tensor, params: SiteParams) -> bool:
+    """Whether `site_infer` applies the batch norm while it stores its own products, at no cost."""
+    return packed(call, x, params.weight) != OWN_NONE
+
+
 def site_rebuild(engine: ModuleType, call: SiteCall, source: Source, weight: Tensor) -> Tensor:
     """``y`` again. See `resnet_fused.site.site_rebuild`."""
     if _site_rebuild is None:

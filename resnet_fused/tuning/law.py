@@ -27,7 +27,8 @@ def results(inputs: Inputs, part: str | None = None) -> Tensors:
         found = {"y": made.y, "moments": made.moments, "x": made.x if own.source.kind == "join" else None}
     needs = (own.needs[0] and part in (None, "dgrad"), own.needs[1] and part in (None, "wgrad"))
     grads = own.backward(needs)
-    if own.source.kind == "pending" and own.source.relu and grads.source is not None:
+    alone = own.source.kind != "plain" and own.source.skip.kind == "none"
+    if alone and own.source.relu and grads.source is not None:
         # It may be the gradient of the activation: whoever reads it masks it.
         grads = grads._replace(source=torch.where(own.source.y <= 0, 0, grads.source))
     found.update({f"grad of {name}": t for name, t in grads._asdict().items()})
