@@ -187,9 +187,9 @@ def test_few_channels_are_not_winograd_s(monkeypatch: pytest.MonkeyPatch) -> Non
     assert [name for name in direct if not direct[name].equal(allowed[name])] == []
 
 
-@pytest.mark.parametrize("name", ["odd", "rows of the weight", "more filters than patches"])
+@pytest.mark.parametrize("name", [*PATCHES, *NARROW])
 def test_what_was_in_memory_before_does_not_matter(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = PATCHES[name]
+    case = {**PATCHES, **NARROW}[name]
     x = image(case, 0, torch.float32)
     first = results(cpu_plan.OWN_ALL, case, x, monkeypatch)
     results(cpu_plan.OWN_ALL, case, torch.full_like(x, float("nan")), monkeypatch)

@@ -155,6 +155,7 @@ void narrow_wgrad(const ConvArgs& c, const ProjectionTask& task) {
           const Range rows{row, bands.stop(row)};
           Band<T> band(c, task, {rows.begin * c.out[1], rows.end * c.out[1]});
           band.fill(c, source);
+          band.end_with_zeros(); // a stride of 2 reads a pixel past the last row
           narrow_weight_band<A>(c, band, rows, source, dy, sums, sums + elements);
         }
       }
